@@ -1,0 +1,198 @@
+"""ggml's quantization kernels through ctypes, threaded by rows.
+
+The kernels live in `libggml-base.so`, which llama-cpp-python installs; the library is opened by path, so neither
+llama_cpp nor torch is imported. They are bit-identical with gguf-py, several times faster, and write the K-quants that
+gguf-py cannot. Where the library is not installed, gguf-py's numpy kernels take over (`BACKEND` says which one runs).
+
+*Does not cover*: types that need an importance matrix (IQ1, IQ2), and any type without a gguf size entry.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from numpy.typing import NDArray
+
+from .errors import UnsupportedError
+
+QType: TypeAlias = GGMLQuantizationType
+F32Array = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+FLOAT_TYPES = (QType.F32, QType.F16, QType.BF16)
+CHUNK_WEIGHTS = 1 << 18  # weights a worker takes at once: 1 MiB of float32, which stays in the L2 cache
+
+
+def _library_path() -> Path | None:
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for name in ("libggml-base.so", "libggml-base.dylib"):
+            if (path := Path(folder) / "lib" / name).exists():
+                return path
+    return None
+
+
+def _load() -> ctypes.CDLL | None:
+    path = _library_path()
+    if path is None:
+        return None
+    lib = ctypes.CDLL(str(path))
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,  # type
+        ctypes.c_void_p,  # float source
+        ctypes.c_void_p,  # destination
+        ctypes.c_int64,  # first weight
+        ctypes.c_int64,  # rows
+        ctypes.c_int64,  # weights per row
+        ctypes.c_void_p,  # importance of each input column, or null
+    ]
+    return lib
+
+
+_LIB = _load()
+BACKEND = "ggml" if _LIB is not None else "gguf-py"
+
+_TO_FLOAT_NAMES = {QType.F16: "ggml_fp16_to_fp32_row", QType.BF16: "ggml_bf16_to_fp32_row"}
+
+
+@cache
+def _to_float(qtype: QType) -> Callable[[int, int, int], None] | None:
+    """Return ggml's `(source, destination, count)` decoder of a type, or None."""
+    name = _TO_FLOAT_NAMES.get(qtype, f"dequantize_row_{qtype.name.lower()}")
+    function: Any = getattr(_LIB, name, None) if _LIB is not None else None
+    if function is not None:
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return function  # type: ignore[no-any-return]
+
+
+def qtype_named(name: str) -> QType:
+    """Return the tensor type called `name` (Q8_0, q4_k, F16 ...).
+
+    Raises:
+        UnsupportedError: no such type.
+    """
+    try:
+        return QType[name.upper()]
+    except KeyError:
+        known = ", ".join(t.name for t in QType if t.name[0] in "FBQ")
+        raise UnsupportedError(f"tensor type must be one of {known}; got {name}") from None
+
+
+def block_size(qtype: QType) -> int:
+    """Return the number of weights in one block; rows must be a multiple of it."""
+    return int(GGML_QUANT_SIZES[qtype][0])
+
+
+def row_bytes(qtype: QType, n_per_row: int) -> int:
+    """Return the bytes that one row of `n_per_row` weights takes."""
+    weights, size = GGML_QUANT_SIZES[qtype]
+    return n_per_row // weights * size
+
+
+def default_threads() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def each_chunk(n_rows: int, n_per_row: int, work: Callable[[int, int], None], n_threads: int) -> None:
+    """Call `work(first_row, last_row)` over all rows, `n_threads` at a time; the kernels release the GIL."""
+    step = max(1, CHUNK_WEIGHTS // n_per_row)
+    spans = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+    if n_threads == 1 or len(spans) == 1:
+        for start, stop in spans:
+            work(start, stop)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        for done in [pool.submit(work, start, stop) for start, stop in spans]:
+            done.result()
+
+
+def quantize_rows(weights: F32Array, qtype: QType, imatrix: F32Array | None = None) -> Bytes:
+    """Return (rows, row_bytes) blocks of contiguous float32 (rows, n_per_row) weights, on the calling thread.
+
+    Args:
+        imatrix: (n_per_row,) importance of each input column, for the types that use one.
+
+    Raises:
+        UnsupportedError: the row length is not a multiple of the block, or no kernel writes the type.
+    """
+    n_rows, n_per_row = weights.shape
+    if n_per_row % block_size(qtype):
+        raise UnsupportedError(f"{qtype.name} needs rows that are a multiple of {block_size(qtype)} weights, got {n_per_row}")
+    if qtype == QType.F32:
+        return np.ascontiguousarray(weights, np.float32).view(np.uint8)
+    if _LIB is None:
+        try:
+            return quants.quantize(weights, qtype).view(np.uint8).reshape(n_rows, -1)
+        except NotImplementedError:
+            raise UnsupportedError(f"{qtype.name} needs llama-cpp-python's ggml library, which is missing") from None
+    out = np.empty((n_rows, row_bytes(qtype, n_per_row)), np.uint8)
+    source = np.ascontiguousarray(weights, np.float32)
+    importance = None if imatrix is None else np.ascontiguousarray(imatrix, np.float32)
+    _LIB.ggml_quantize_chunk(
+        int(qtype),
+        source.ctypes.data,
+        out.ctypes.data,
+        0,
+        n_rows,
+        n_per_row,
+        None if importance is None else importance.ctypes.data,
+    )
+    return out
+
+
+def dequantize_rows(blocks: Bytes, qtype: QType, n_per_row: int) -> F32Array:
+    """Return float32 (rows, n_per_row) weights of (rows, row_bytes) blocks, on the calling thread.
+
+    Raises:
+        UnsupportedError: no kernel reads the type.
+    """
+    n_rows = len(blocks)
+    source = np.ascontiguousarray(blocks)
+    if qtype == QType.F32:
+        return source.view(np.float32).reshape(n_rows, n_per_row)
+    decode = _to_float(qtype)
+    if decode is None:
+        try:
+            return quants.dequantize(source, qtype).reshape(n_rows, n_per_row)
+        except NotImplementedError:
+            raise UnsupportedError(f"no kernel reads tensor type {qtype.name}") from None
+    out = np.empty((n_rows, n_per_row), np.float32)
+    decode(source.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def quantize(weights: F32Array, qtype: QType, imatrix: F32Array | None = None, n_threads: int = 0) -> Bytes:
+    """Return `quantize_rows` of a whole (rows, n_per_row) tensor, computed on `n_threads` (0: every core)."""
+    n_rows, n_per_row = weights.shape
+    if n_per_row % block_size(qtype):
+        return quantize_rows(weights, qtype)  # raises
+    out = np.empty((n_rows, row_bytes(qtype, n_per_row)), np.uint8)
+
+    def work(start: int, stop: int) -> None:
+        out[start:stop] = quantize_rows(weights[start:stop], qtype, imatrix)
+
+    each_chunk(n_rows, n_per_row, work, n_threads or default_threads())
+    return out
+
+
+def dequantize(blocks: Bytes, qtype: QType, n_per_row: int, n_threads: int = 0) -> F32Array:
+    """Return `dequantize_rows` of a whole tensor, computed on `n_threads` (0: every core)."""
+    out = np.empty((len(blocks), n_per_row), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        out[start:stop] = dequantize_rows(blocks[start:stop], qtype, n_per_row)
+
+    each_chunk(len(blocks), n_per_row, work, n_threads or default_threads())
+    return out

@@ -1,0 +1,146 @@
+"""Base + adapter -> GGUF, tensor by tensor.
+
+Weights are always computed from the base, which is never written to; a chunk of rows is decoded, updated and encoded by one
+worker while it is in the cache, so peak memory is the largest tensor's blocks, not the model. A tensor whose type does not
+change and that the adapter does not touch is copied byte for byte; one that it touches stays on the base's own grid
+(`grid`) where the type allows, because rounding to nearest there erases the update.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from .adapter import Adapter
+from .errors import ConvertError, UnsupportedError
+from .ggml import Bytes, QType, default_threads, dequantize_rows, each_chunk, quantize_rows, row_bytes
+from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, write_gguf
+from .grid import GRID_TYPES, add_on_grid
+from .recipe import Recipe
+
+ROUNDINGS = ("stochastic", "nearest")
+Progress = Callable[[int, int, str], None]  # (tensors done, tensors, name)
+
+
+@dataclass
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        merge_s: wall seconds, the final fsync included.
+        qtypes: tensors by type in the written file.
+        rounded: touched tensors by how they were written: "stochastic", "nearest" or "float".
+        copied: tensors copied byte for byte.
+    """
+
+    model_bytes: int = 0
+    merge_s: float = 0.0
+    qtypes: dict[str, int] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)
+    copied: int = 0
+
+
+def merge(
+    base: GgufFile,
+    adapter: Adapter | None,
+    out: Path | str,
+    quant: str = "keep",
+    rounding: str = "stochastic",
+    n_threads: int = 0,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write `base` with `adapter` merged in (None: re-quantized only) to `out`, whole or not at all.
+
+    Args:
+        quant: "keep" leaves every tensor its type; a recipe gives all weights new ones.
+        rounding: for touched tensors that keep a type of grid.GRID_TYPES. Tensors that change type are rounded to nearest.
+
+    Raises:
+        AdapterError: the adapter does not fit.
+        UnsupportedError: unknown recipe, rounding, or a type without a kernel.
+        ConvertError: not finite weights, or the file cannot be written.
+    """
+    if rounding not in ROUNDINGS:
+        raise UnsupportedError(f"rounding must be one of {', '.join(ROUNDINGS)}; got {rounding}")
+    if Path(out).resolve() == base.path.resolve():
+        raise ConvertError(f"{out}: is the base itself, which is never overwritten; give another output")
+    start = time.perf_counter()
+    recipe = Recipe.named(quant)
+    if adapter is not None:
+        adapter.check_fits(base)
+    n_layer = int(base.get(f"{base.architecture}.block_count", 0))
+    plan = [PlannedTensor(i.name, i.shape, recipe.qtype(i, n_layer)) for i in base.tensors.values()]
+    report = MergeReport(qtypes=dict(Counter(tensor.qtype.name for tensor in plan)))
+    file_type = recipe.file_type(base)
+    fields = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))
+
+    def tensors() -> Iterator[Bytes]:
+        for done, tensor in enumerate(plan):
+            if progress:
+                progress(done, len(plan), tensor.name)
+            yield _tensor(base, base.tensors[tensor.name], tensor.qtype, adapter, rounding, n_threads, report)
+        if progress:
+            progress(len(plan), len(plan), "")
+
+    with threadpool_limits(1, "blas"):  # each worker multiplies its own rows; BLAS threads would fight over the cores
+        report.model_bytes = write_gguf(out, fields, plan, tensors(), base.alignment)
+    report.merge_s = time.perf_counter() - start
+    return report
+
+
+def _tensor(
+    base: GgufFile,
+    info: TensorInfo,
+    qtype: QType,
+    adapter: Adapter | None,
+    rounding: str,
+    n_threads: int,
+    report: MergeReport,
+) -> Bytes:
+    source = base.blocks(info.name)
+    pair = adapter.pairs.get(info.name) if adapter else None
+    if pair is None and qtype == info.qtype:
+        report.copied += 1
+        return source
+    n_rows, n_per_row = len(source), info.shape[-1]
+    on_grid = pair is not None and qtype == info.qtype and qtype in GRID_TYPES and rounding == "stochastic"
+    if pair is not None and adapter is not None:
+        how = "stochastic" if on_grid else "float" if qtype in (QType.F32, QType.F16, QType.BF16) else "nearest"
+        report.rounded[how] = report.rounded.get(how, 0) + 1
+        a, b = pair[0], (pair[1] * np.float32(adapter.scaling(info.name))).astype(np.float32)
+    out = np.empty((n_rows, row_bytes(qtype, n_per_row)), np.uint8)
+
+    def work(start: int, stop: int) -> None:
+        rows = source[start:stop]
+        if on_grid:
+            out[start:stop] = add_on_grid(rows, qtype, b[start:stop] @ a, info.name, start * n_per_row)
+            return
+        weights = dequantize_rows(rows, info.qtype, n_per_row)
+        if pair is not None:
+            weights = np.add(weights, b[start:stop] @ a)
+        if not np.isfinite(weights).all():
+            raise ConvertError(f"{base.path}: tensor {info.name} has NaN or infinite weights; use a sound base")
+        out[start:stop] = quantize_rows(weights, qtype)
+
+    each_chunk(n_rows, n_per_row, work, n_threads or default_threads())
+    return out
+
+
+def update_survival(base: GgufFile, adapter: Adapter, merged: GgufFile, n_threads: int = 0) -> float:
+    """Return how much of the adapter's update is in the merged weights: 1 is all, 0 is none.
+
+    The change of the weights, projected on the update: sum(change * update) / sum(update ** 2) over all touched tensors.
+    """
+    kept = total = 0.0
+    for name, (a, b) in adapter.pairs.items():
+        update = (b * np.float32(adapter.scaling(name))) @ a  # (out, in)
+        change = merged.weights(name, n_threads) - base.weights(name, n_threads)
+        kept += float(np.vdot(change, update))
+        total += float(np.vdot(update, update))
+    return kept / total if total else 1.0

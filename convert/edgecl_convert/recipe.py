@@ -1,0 +1,86 @@
+"""Which type each tensor of a quantized file gets.
+
+A recipe is a name: a tensor type (Q8_0, Q4_0, F16 ...), which all weight matrices get, or one of llama.cpp's mixtures
+(Q4_K_M). Rows that do not divide by a type's block fall back as llama.cpp's rule has it. Norms and other vectors stay F32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gguf import LlamaFileType
+
+from .errors import UnsupportedError
+from .ggml import QType, block_size, qtype_named
+from .gguf_file import GgufFile, TensorInfo
+
+KEEP = "keep"
+MIXTURES = ("Q4_K_M",)
+# llama.cpp: a type whose block does not divide the row -> the type to take instead
+_FALLBACK = {QType.Q4_K: QType.Q5_0, QType.Q5_K: QType.Q5_1, QType.Q6_K: QType.Q8_0}
+_WRITABLE = (
+    QType.F32, QType.F16, QType.BF16, QType.Q8_0, QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1,
+    QType.Q2_K, QType.Q3_K, QType.Q4_K, QType.Q5_K, QType.Q6_K,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe name: `quant` is `keep`, a tensor type or a mixture."""
+
+    quant: str
+
+    @classmethod
+    def named(cls, quant: str) -> Recipe:
+        """Return the recipe called `quant`; case does not matter.
+
+        Raises:
+            UnsupportedError: no such recipe.
+        """
+        name = quant if quant == KEEP else quant.upper()
+        if name in (KEEP, *MIXTURES) or name in (t.name for t in _WRITABLE):
+            return cls(name)
+        allowed = ", ".join([KEEP, *(t.name for t in _WRITABLE), *MIXTURES])
+        raise UnsupportedError(f"quant must be one of {allowed}; got {quant}")
+
+    def qtype(self, info: TensorInfo, n_layer: int) -> QType:
+        """Return the type that one tensor of a model with `n_layer` layers gets."""
+        if self.quant == KEEP:
+            return info.qtype
+        if len(info.shape) < 2 or "_norm" in info.name or not info.name.endswith(".weight"):
+            return info.qtype
+        wanted = _q4_k_m(info, n_layer) if self.quant == "Q4_K_M" else qtype_named(self.quant)
+        return fallback(wanted, info.shape[-1])
+
+    def file_type(self, base: GgufFile) -> int | None:
+        """Return the value of `general.file_type`, None where the base's value stays."""
+        if self.quant == KEEP:
+            return None
+        names = {"F32": "ALL_F32", "Q4_K_M": "MOSTLY_Q4_K_M"}
+        for name in (names.get(self.quant), f"MOSTLY_{self.quant}", f"MOSTLY_{self.quant}_M"):
+            if name and name in LlamaFileType.__members__:
+                return int(LlamaFileType[name])
+        return None
+
+
+def fallback(qtype: QType, n_per_row: int) -> QType:
+    """Return `qtype`, or the next type whose block divides the row; F16 when none does (llama.cpp's rule)."""
+    while n_per_row % block_size(qtype):
+        qtype = _FALLBACK.get(qtype, QType.F16)
+    return qtype
+
+
+def _q4_k_m(info: TensorInfo, n_layer: int) -> QType:
+    """Q4_K, with Q6_K for the head, and for attn_v and ffn_down of the layers llama.cpp gives more bits.
+
+    Source:
+        llama.cpp, src/llama-quant.cpp: the first and last eighth of the layers, and every third between them.
+    """
+    if info.name in ("output.weight", "token_embd.weight"):
+        return QType.Q6_K  # an embedding that is also the head; llama.cpp keeps a separate embedding at Q4_K
+    if any(part in info.name for part in (".attn_v.", ".ffn_down.")):
+        layer = int(info.name.split(".")[1])
+        eighth = n_layer // 8
+        if layer < eighth or layer >= 7 * n_layer // 8 or (layer - eighth) % 3 == 2:
+            return QType.Q6_K
+    return QType.Q4_K

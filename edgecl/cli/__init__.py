@@ -1,0 +1,55 @@
+"""The terminal app: commands over the library, and the only place that prints.
+
+Results go to stdout (one JSON object with `--json`), progress to stderr. An error is one line on stderr and its exit code; a
+user never sees a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from edgecl_convert import ConvertError
+
+from ..errors import EdgeclError
+from . import day, models, night, streams
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--home", type=click.Path(path_type=Path, file_okay=False), envvar="EDGECL_HOME", help="The learner's home folder."
+)
+@click.version_option(package_name="edgecl")
+@click.pass_context
+def cli(context: click.Context, home: Path | None) -> None:
+    """A language model that learns every night, on your own machine, from what you accepted or corrected."""
+    context.obj = home
+
+
+for module in (day, night, models, streams):
+    for command in module.COMMANDS:
+        cli.add_command(command)
+
+
+def main() -> None:
+    """Run the app and exit with the code that the contract names."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; nothing that was stored is lost", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (EdgeclError, ConvertError) as error:
+        click.echo(f"edgecl: {error}", err=True)
+        code = getattr(error, "exit_code", 1)
+    except BrokenPipeError:
+        code = 0  # the reader of our output has left
+        sys.stdout = None
+    except OSError as error:
+        click.echo(f"edgecl: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,143 @@
+"""By day: init, observe, ask, status, history, rollback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ..errors import DataError
+from ..learner import Learner
+from .output import console, json_option, print_json, safe
+
+
+@click.command()
+@click.argument("model")
+@click.option("--quant", default="int8", show_default=True, help="What is served: int8, int4, keep, or a type.")
+@click.option("--profile", default="laptop-cpu", show_default=True, help="Limits: a profile's name, or a TOML file.")
+@click.option("--force", is_flag=True, help="Replace a home that exists, with its store and its generations.")
+@json_option
+@click.pass_obj
+def init(home: Path | None, model: str, quant: str, profile: str, force: bool, as_json: bool) -> None:
+    """Make a home for MODEL: a GGUF file, or `smollm2`, the packaged one."""
+    with Learner.init(model, home, quant=quant, profile=profile, force=force) as learner:
+        status = learner.status()
+    if as_json:
+        print_json(status)
+    else:
+        click.echo(f"{status['home']} is ready: it serves {Path(status['base']).name}, and will serve {quant}")
+
+
+@click.command()
+@click.argument("file")
+@click.option("--task", help="The kind of example; overrides what the lines say.")
+@json_option
+@click.pass_context
+def observe(context: click.Context, file: str, task: str | None, as_json: bool) -> None:
+    """Store the examples of FILE.jsonl (- for stdin) to be learned."""
+    try:
+        lines = sys.stdin.buffer.readlines() if file == "-" else Path(file).read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    with Learner(context.obj) as learner:
+        report = learner.observe(lines, task, "stdin" if file == "-" else Path(file).name)
+    kept = report.added + report.duplicates
+    if as_json:
+        print_json(report.__dict__)
+    else:
+        for number, reason in report.bad[:20]:
+            click.echo(f"{safe(file)}:{number}: {safe(reason)}", err=True)
+        if len(report.bad) > 20:
+            click.echo(f"... and {len(report.bad) - 20} more bad lines", err=True)
+        click.echo(
+            f"{report.added} stored ({report.heldout} of the task's rows newly held out for measuring, "
+            f"{report.replaced} replaced an older answer), {report.duplicates} known already, {len(report.bad)} bad"
+        )
+        if not kept and not report.bad:
+            click.echo(f"{safe(file)}: has no example; expected JSONL chats", err=True)
+    context.exit(0 if kept else 1)
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1))
+@json_option
+@click.pass_obj
+def ask(home: Path | None, prompt: str, max_tokens: int, as_json: bool) -> None:
+    """Answer PROMPT with the generation that serves."""
+    with Learner(home) as learner:
+        answer = learner.ask(prompt, max_tokens)
+        generation = learner.generations.current().number
+    if as_json:
+        print_json({"answer": answer, "generation": generation})
+    else:
+        click.echo(safe(answer))
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def status(home: Path | None, as_json: bool) -> None:
+    """Show what serves, what waits to be learned, and how the last night ended."""
+    with Learner(home) as learner:
+        facts = learner.status()
+    if as_json:
+        print_json(facts)
+        return
+    out = console()
+    out.print(f"home        {facts['home']}")
+    out.print(f"serves      generation {facts['generation']} ({facts['served']}), quant {facts['quant']}")
+    out.print(f"on disk     generations {', '.join(map(str, facts['generations']))}")
+    last = facts["last_night"]
+    if last:
+        outcome = f"published generation {last['generation']}" if last["accepted"] else "refused"
+        out.print(f"last night  {last['started']}: {outcome}{': ' + safe(last['reason']) if last['reason'] else ''}")
+    else:
+        out.print("last night  there was none yet")
+    if facts["tasks"]:
+        table = Table("task", "pending", "replay", "held out", "archive", box=None, pad_edge=False)
+        for task, roles in facts["tasks"].items():
+            table.add_row(safe(task), *(str(roles[r]) for r in ("pending", "replay", "heldout", "archive")))
+        out.print(table)
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def history(home: Path | None, as_json: bool) -> None:
+    """Show every night: what it learned, what it cost, and why it was refused."""
+    with Learner(home) as learner:
+        nights = learner.history()
+    if as_json:
+        print_json({"nights": nights})
+        return
+    if not nights:
+        click.echo("there was no night yet")
+        return
+    for night in nights:
+        report: dict[str, Any] = night["report"]
+        outcome = f"generation {night['generation']}" if night["accepted"] else "refused"
+        text = f"{night['started'][:16]}  {outcome:<14} {report.get('n_new', 0)} new, {report.get('n_replay', 0)} rehearsed"
+        click.echo(text + f", {report.get('train_s', 0):.0f} s training")
+        if night["reason"]:
+            click.echo(f"                  {safe(night['reason'])}")
+
+
+@click.command()
+@click.argument("number", required=False, type=click.IntRange(0))
+@json_option
+@click.pass_obj
+def rollback(home: Path | None, number: int | None, as_json: bool) -> None:
+    """Serve generation NUMBER again (default: the parent of the one that serves); nothing is deleted."""
+    with Learner(home) as learner:
+        target = learner.rollback(number)
+    if as_json:
+        print_json({"generation": target.number})
+    else:
+        click.echo(f"generation {target.number} serves")
+
+
+COMMANDS = (init, observe, ask, status, history, rollback)

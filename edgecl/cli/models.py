@@ -1,0 +1,86 @@
+"""The conversion stage at the terminal: convert, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from ..child import Progress
+from ..errors import SettingError
+from .output import json_option, print_json, progress_bar, size
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        raise SettingError(f"{target} exists already; choose another name, or give --force")
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--quant", required=True, help="int8, int4, a tensor type (Q8_0, F16 ...) or a mixture (Q4_K_M).")
+@click.option("--force", is_flag=True, help="Overwrite TARGET.")
+@json_option
+def convert(source: Path, target: Path, quant: str, force: bool, as_json: bool) -> None:
+    """Re-quantize SOURCE.gguf to TARGET.gguf."""
+    from edgecl_convert import GgufFile, merge
+
+    from ..profile import resolve_quant
+
+    _check_target(target, force)
+    with GgufFile(source) as gguf, progress_bar() as progress:
+        report = merge(gguf, None, target, resolve_quant(quant, gguf), progress=_stage(progress, "convert"))
+    facts = {"convert_s": report.merge_s, "model_bytes": report.model_bytes, "qtypes": report.qtypes}
+    if as_json:
+        print_json(facts)
+    else:
+        types = ", ".join(f"{n} {name}" for name, n in report.qtypes.items())
+        click.echo(f"{target}: {size(report.model_bytes)} in {report.merge_s:.1f} s ({types})")
+
+
+@click.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--quant", default="keep", show_default=True, help="keep: each tensor its type; or a type for all weights.")
+@click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="stochastic", show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+@json_option
+def merge(base: Path, adapter: Path, out: Path, quant: str, rounding: str, force: bool, as_json: bool) -> None:
+    """Merge ADAPTER (a GGUF LoRA file or a PEFT folder) into BASE.gguf, written to OUT.gguf."""
+    from edgecl_convert import GgufFile, read_adapter, update_survival
+    from edgecl_convert import merge as merge_files
+
+    from ..generations import sha256_file
+    from ..profile import resolve_quant
+
+    _check_target(out, force)
+    with GgufFile(base) as gguf, progress_bar() as progress:
+        lora = read_adapter(adapter, gguf)
+        if lora.base_sha256:
+            lora.check_hash(sha256_file(base))
+        qtype = resolve_quant(quant, gguf)
+        report = merge_files(gguf, lora, out, qtype, rounding, progress=_stage(progress, "merge"))
+        with GgufFile(out) as merged:
+            kept = update_survival(gguf, lora, merged)
+    facts = {
+        "merge_s": report.merge_s,
+        "survival": kept,
+        "model_bytes": report.model_bytes,
+        "qtypes": report.qtypes,
+        "rounded": report.rounded,
+        "copied": report.copied,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(f"{out}: {size(report.model_bytes)} in {report.merge_s:.1f} s, {kept:.1%} of the update survives")
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int, str], None] | None:
+    return None if progress is None else lambda done, total, text: progress(name, done, total, text)
+
+
+COMMANDS = (convert, merge)

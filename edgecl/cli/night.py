@@ -1,0 +1,128 @@
+"""By night: adapt, eval, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ..learner import GATES, Learner
+from ..night import AdaptReport
+from .output import console, json_option, print_json, progress_bar, safe, size
+
+REFUSED = 3
+
+
+@click.command()
+@click.option("--task", help="Learn only this task's rows.")
+@click.option("--minutes", type=float, help="Longest night; training stops in time to be merged and measured.")
+@click.option("--ram", "ram_bytes", type=int, help="Bytes of memory that each stage may hold.")
+@click.option("--dry-run", is_flag=True, help="Say what the night would learn, and stop.")
+@click.option("--gate", type=click.Choice(GATES), default="enforce", show_default=True, hidden=True)
+@json_option
+@click.pass_context
+def adapt(
+    context: click.Context,
+    task: str | None,
+    minutes: float | None,
+    ram_bytes: int | None,
+    dry_run: bool,
+    gate: str,
+    as_json: bool,
+) -> None:
+    """Run one night now: learn what is pending; exit code 3 if the gate refuses it."""
+    with Learner(context.obj) as learner:
+        if dry_run:
+            counts = {t: r for t, r in learner.status()["tasks"].items() if task in (None, t) and r["pending"]}
+            if as_json:
+                print_json({"tasks": counts})
+            for name, roles in {} if as_json else counts.items():
+                click.echo(f"{safe(name)}: {roles['pending']} to learn, measured on {roles['heldout']} held-out rows")
+            context.exit(0 if counts else 4)
+        with progress_bar() as progress:
+            report = learner.adapt(task, minutes=minutes, ram_bytes=ram_bytes, gate=gate, progress=progress)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print_report(report)
+    context.exit(0 if report.accepted else REFUSED)
+
+
+def print_report(report: AdaptReport) -> None:
+    """Print a night as a person reads it."""
+    out = console()
+    if report.accepted:
+        out.print(f"published generation {report.generation}: {report.served}, {size(report.model_bytes)}")
+    else:
+        out.print(f"refused: {safe(report.reason)}; yesterday's model still serves")
+    if report.accepted and report.reason:
+        out.print(safe(report.reason))
+    table = Table("task", "rows", "measured on", "accuracy", "answer loss", "95% interval", box=None, pad_edge=False)
+    for r in report.results:
+        table.add_row(
+            safe(r.task),
+            str(r.n_rows),
+            {"heldout": "held out", "learned": "tonight's", "replay": "rehearsed"}[r.kind],
+            f"{r.accuracy_before:.0%} > {r.accuracy_after:.0%}",
+            f"{r.loss_before:.2f} > {r.loss_after:.2f}",
+            f"{r.loss_low:+.2f} to {r.loss_high:+.2f}",
+        )
+    out.print(table)
+    prose = report.prose
+    out.print(f"prose       {prose['after']:.2f} nats per token ({prose['after'] - prose['base']:+.2f} against the base)")
+    kept = ", ".join(f"{quant} {share:.0%}" for quant, share in report.survival.items() if quant != "adapter")
+    out.print(f"survival    {kept} of the adapter's gain")
+    out.print(
+        f"night       {report.n_new} new + {report.n_replay} rehearsed rows: trained {report.train_s:.0f} s "
+        f"({report.train_tokens_per_s:.0f} tokens/s), merged {report.merge_s:.1f} s, measured {report.eval_s:.0f} s, "
+        f"peak {size(report.peak_rss_bytes)}"
+    )
+
+
+@click.command("eval")
+@click.option("--generation", "number", type=click.IntRange(0), help="Default: the one that serves.")
+@json_option
+@click.pass_obj
+def evaluate(home: Path | None, number: int | None, as_json: bool) -> None:
+    """Measure a generation in llama.cpp: retention of every task, general ability, latency."""
+    with Learner(home) as learner, progress_bar() as progress:
+        facts = learner.evaluate(number, progress)
+    if as_json:
+        print_json(facts)
+        return
+    out = console()
+    table = Table("task", "rows", "accuracy", "answer loss", box=None, pad_edge=False)
+    for task, scores in facts["tasks"].items():
+        table.add_row(safe(task), f"{scores['n_rows']}", f"{scores['accuracy']:.0%}", f"{scores['answer_loss_nats']:.2f}")
+    out.print(f"generation {facts['generation']}")
+    if facts["tasks"]:
+        out.print(table)
+    out.print(f"prose       {facts['prose_nats']:.2f} nats per token (base {facts['prose_nats_base']:.2f})")
+    _print_latency(facts["latency"])
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def bench(home: Path | None, as_json: bool) -> None:
+    """Time the generation that serves: pp512, tg128, TTFT, ITL, memory, size."""
+    with Learner(home) as learner, progress_bar() as progress:
+        facts = learner.bench(progress=progress)
+    if as_json:
+        print_json(facts)
+    else:
+        _print_latency(facts)
+
+
+def _print_latency(facts: dict[str, Any]) -> None:
+    click.echo(f"prefill     {facts['pp512']:.0f} tokens/s (pp512), decode {facts['tg128']:.1f} tokens/s (tg128)")
+    click.echo(
+        f"latency     first token {facts['ttft_ms']:.0f} ms (64-token prompt), "
+        f"then {facts['itl_p50_ms']:.1f} ms (p50), {facts['itl_p95_ms']:.1f} ms (p95)"
+    )
+    click.echo(f"memory      {size(facts['peak_rss_bytes'])} peak RSS, model file {size(facts['model_bytes'])}")
+
+
+COMMANDS = (adapt, evaluate, bench)

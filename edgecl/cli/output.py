@@ -1,0 +1,71 @@
+"""What commands share: printing a result as JSON or as text, progress bars, byte counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+F = TypeVar("F", bound=Callable[..., Any])
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def json_option(function: F) -> F:
+    """Add `--json` to a command."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
+
+
+def console() -> Console:
+    """Return stdout as rich sees it: no colour where it is not a terminal or NO_COLOR is set."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout; numbers that JSON does not have become null."""
+    click.echo(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def safe(text: str) -> str:
+    """Return text without the control codes that could drive a terminal; line breaks and tabs stay."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def size(n_bytes: float) -> str:
+    """Return a byte count as people read it."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int, str], None] | None]:
+    """Yield a progress function that draws a bar for each stage on stderr; None where that is not a terminal."""
+    target = Console(stderr=True)
+    if not target.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description:<8}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=target, transient=True) as bars:
+        current: list[tuple[str, TaskID]] = []
+
+        def update(stage: str, done: int, total: int, text: str) -> None:
+            if not current or current[-1][0] != stage or done < (bars.tasks[-1].completed if bars.tasks else 0):
+                for _, task in current:
+                    bars.update(task, visible=False)
+                current.append((stage, bars.add_task(stage, total=total, text="")))
+            bars.update(current[-1][1], completed=done, total=total, text=safe(text)[:30])
+
+        yield update

@@ -1,0 +1,19 @@
+"""llama.cpp: load a generation, answer, score and time it."""
+
+from .latency import latency
+from .model import Vocab, VocabFile
+from .scoring import Row, RowScore, prose_nats, score
+from .session import GGML_TYPE_F16, GGML_TYPE_F32, Engine
+
+__all__ = [
+    "GGML_TYPE_F16",
+    "GGML_TYPE_F32",
+    "Engine",
+    "Row",
+    "RowScore",
+    "Vocab",
+    "VocabFile",
+    "latency",
+    "prose_nats",
+    "score",
+]

@@ -1,0 +1,124 @@
+"""Loading GGUF files into llama.cpp, and their vocabulary.
+
+The only place that opens a model file through llama.cpp: it is walked by `edgecl_convert.GgufFile` first, because
+llama.cpp aborts the whole process on some malformed files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from edgecl_convert import ConvertError, GgufFile
+
+from ..errors import EngineError
+
+_log: list[str] = []
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, _user: object) -> None:
+    if level in (3, 4):  # warnings and errors
+        _log.append(text.decode("utf-8", "replace").strip())
+        del _log[:-20]
+
+
+llama_cpp.llama_log_set(_keep_log, None)
+
+
+def why() -> str:
+    """Return llama.cpp's last complaint as ': ...', or nothing."""
+    return f": {_log[-1]}" if _log else ""
+
+
+def load_model(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
+    """Return a llama_model handle of a GGUF file.
+
+    Raises:
+        EngineError: the file is not sound, or llama.cpp refuses it.
+    """
+    try:
+        GgufFile(path).close()
+    except ConvertError as error:
+        raise EngineError(str(error)) from None
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
+    # llama.cpp's AMX kernels end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824)
+    params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+    del _log[:]
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise EngineError(f"{path}: llama.cpp could not load this model{why()}")
+    return model
+
+
+class Vocab:
+    """The tokens of a loaded model: what training, serving and measuring share.
+
+    Attributes:
+        n_vocab: number of tokens.
+        bos: id of the beginning-of-sequence token that a prompt needs, None where the model wants none.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Read the vocabulary of a llama_model handle, which must outlive this object."""
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        add_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self.bos: int | None = llama_cpp.llama_vocab_bos(self._vocab) if add_bos else None
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids of `text`; special tokens written in it are recognized, none are added."""
+        data = text.encode("utf-8")
+        size = len(data) + 8
+        buffer = (llama_cpp.llama_token * size)()
+        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, True)
+        if n < 0:
+            raise EngineError(f"llama.cpp could not tokenize a text of {len(data)} bytes")
+        return list(buffer[:n])
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes of one token; control tokens give none."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer, up to its end-of-turn token."""
+        pieces = []
+        for token in tokens:
+            if self.is_end(token):
+                break
+            pieces.append(self.piece(token))
+        return b"".join(pieces).decode("utf-8", "replace").strip()
+
+    def is_end(self, token: int) -> bool:
+        """Return whether the token ends a turn."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+
+class VocabFile:
+    """A model file's vocabulary without its weights; a context manager that yields a Vocab."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Load it.
+
+        Raises:
+            EngineError: the file is not sound, or llama.cpp refuses it.
+        """
+        self._model = load_model(Path(path), vocab_only=True)
+        self.vocab = Vocab(self._model)
+
+    def __enter__(self) -> Vocab:
+        return self.vocab
+
+    def __exit__(self, *_: object) -> None:
+        llama_cpp.llama_model_free(self._model)

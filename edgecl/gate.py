@@ -1,0 +1,128 @@
+"""Accept or refuse a night, by what was measured on the file that would be served.
+
+A handful of rows is a coin toss, so a task counts as worse only when its accuracy fell by more than the tolerance and its
+paired answer loss rose beyond chance. What was learned tonight must show a gain; general ability (nats per token of
+unrelated prose, against the untouched base) has a tolerance of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .metrics import paired_interval
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """Tolerances.
+
+    Attributes:
+        max_drop: accuracy that an earlier task may lose.
+        min_recall: share of a small night's own rows that must be answered right the next morning.
+        max_prose_nats: nats per token of unrelated prose that the model may lose to the untouched base, over all nights.
+        min_survival: share of the adapter's gain that the merged file must keep, or a wider type is published.
+    """
+
+    max_drop: float = 0.10
+    min_recall: float = 0.75
+    max_prose_nats: float = 0.40
+    min_survival: float = 0.90
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task before and after the night, on the same rows.
+
+    Attributes:
+        kind: "heldout" rows were never trained on; "learned" and "replay" rows were.
+        learning: whether tonight's rows are of this task.
+        loss_change: mean paired change of answer loss in nats, with its 95% interval in loss_low, loss_high.
+    """
+
+    task: str
+    kind: str
+    learning: bool
+    n_rows: int
+    accuracy_before: float
+    accuracy_after: float
+    loss_before: float
+    loss_after: float
+    loss_change: float
+    loss_low: float
+    loss_high: float
+
+    @classmethod
+    def paired(
+        cls,
+        task: str,
+        kind: str,
+        learning: bool,
+        before: Sequence[tuple[bool, float]],
+        after: Sequence[tuple[bool, float]],
+    ) -> TaskResult:
+        """Compare (correct, loss in nats) of the same rows before and after."""
+        right_before, loss_before = np.array(before, np.float64).T
+        right_after, loss_after = np.array(after, np.float64).T
+        change, low, high = paired_interval(loss_before, loss_after)
+        return cls(
+            task, kind, learning, len(before), float(right_before.mean()), float(right_after.mean()),
+            float(loss_before.mean()), float(loss_after.mean()), change, low, high,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says; `reasons` is empty when it accepts."""
+
+    accepted: bool
+    reasons: list[str] = field(default_factory=list)
+
+
+def judge(results: Sequence[TaskResult], prose_base: float, prose_after: float, settings: GateSettings) -> Verdict:
+    """Return whether a night is published.
+
+    Args:
+        results: every task that has rows to measure on.
+        prose_base: nats per token of unrelated prose under the untouched base; prose_after: under tonight's file.
+    """
+    reasons = []
+    for result in results:
+        reason = _no_gain(result, settings) if result.learning else _drop(result, settings)
+        if reason:
+            reasons.append(reason)
+    lost = prose_after - prose_base
+    if lost > settings.max_prose_nats:
+        reasons.append(
+            f"general ability fell by {lost:.2f} nats per token against the base, "
+            f"{settings.max_prose_nats:.2f} are allowed (gate.max_prose_nats)"
+        )
+    return Verdict(not reasons, reasons)
+
+
+def _no_gain(result: TaskResult, settings: GateSettings) -> str:
+    if result.kind == "learned":
+        if result.accuracy_after < settings.min_recall:
+            return (
+                f"{result.task}: {result.accuracy_after:.0%} of tonight's rows are answered right, "
+                f"{settings.min_recall:.0%} are asked for (gate.min_recall)"
+            )
+        return ""
+    if result.loss_high < 0 or result.accuracy_after == 1.0:
+        return ""
+    return (
+        f"{result.task}: no gain on {result.n_rows} held-out rows "
+        f"(answer loss {result.loss_before:.2f} -> {result.loss_after:.2f})"
+    )
+
+
+def _drop(result: TaskResult, settings: GateSettings) -> str:
+    fell = result.accuracy_before - result.accuracy_after
+    if fell > settings.max_drop and result.loss_low > 0:
+        return (
+            f"{result.task}: accuracy fell from {result.accuracy_before:.0%} to {result.accuracy_after:.0%} "
+            f"on {result.n_rows} rows, {settings.max_drop:.0%} is allowed (gate.max_drop)"
+        )
+    return ""

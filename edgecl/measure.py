@@ -1,0 +1,91 @@
+"""Measuring generations in llama.cpp, in a child process; a row of a generation is scored once and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .child import Limits, Progress, run_stage
+from .data import Example
+from .generations import Generation
+from .store import Scored, Store
+
+PROSE = "prose"  # the row name under which the windows of unrelated prose are remembered
+
+
+def record_of(example: Example) -> list[Any]:
+    """Return an example as a stage's request carries it."""
+    return [example.messages, example.task, example.final]
+
+
+def mean_loss(scores: dict[str, Scored], rows: Sequence[Example]) -> float:
+    """Return the mean answer loss of rows, in nats."""
+    return float(np.mean([scores[row.hash].loss_nats for row in rows]))
+
+
+class Meter:
+    """Scores rows and prose, and counts what that cost.
+
+    Attributes:
+        eval_s: wall seconds so far; peak_rss_bytes: of the largest child.
+        texts: the greedy answers of the rows that were scored here, by generation and row.
+    """
+
+    def __init__(self, store: Store, base: Path, engine: dict[str, Any], limits: Limits, progress: Progress | None) -> None:
+        """Name what is needed; nothing is run."""
+        self._store, self._base, self._engine, self._limits, self._progress = store, base, engine, limits, progress
+        self.eval_s, self.peak_rss_bytes = 0.0, 0
+        self.texts: dict[tuple[str, str], str] = {}
+
+    def measure(self, generation: Generation, rows: Sequence[Example]) -> tuple[dict[str, Scored], float]:
+        """Return the score of each row by its hash, and the nats per token of the shipped prose.
+
+        Raises:
+            EdgeclError: the model cannot be loaded, or the child failed.
+        """
+        by_hash = {row.hash: row for row in rows}
+        known = self._store.scores(generation.hash, [*by_hash, PROSE])
+        missing = [row for key, row in by_hash.items() if key not in known]
+        if missing or PROSE not in known:
+            fresh = self._run(generation, missing, PROSE not in known)
+            self._store.add_scores(generation.hash, fresh)
+            known |= {score.hash: score for score in fresh}
+        return known, known[PROSE].loss_nats
+
+    def scores(self, generation: Generation, rows: Sequence[Example]) -> dict[str, Scored]:
+        """Return the score of each row by its hash, without the prose.
+
+        Raises:
+            EdgeclError: as `measure`.
+        """
+        by_hash = {row.hash: row for row in rows}
+        known = self._store.scores(generation.hash, list(by_hash))
+        if missing := [row for key, row in by_hash.items() if key not in known]:
+            fresh = self._run(generation, missing, prose=False)
+            self._store.add_scores(generation.hash, fresh)
+            known |= {score.hash: score for score in fresh}
+        return known
+
+    def _run(self, generation: Generation, rows: list[Example], prose: bool) -> list[Scored]:
+        rows = sorted(rows, key=lambda row: row.messages)  # rows that begin alike share more of their prefix
+        request = {
+            "base": str(self._base),
+            "model": str(generation.model),
+            "adapter": str(generation.adapter) if generation.adapter else None,
+            "rows": [record_of(row) for row in rows],
+            "prose": prose,
+            "engine": self._engine,
+        }
+        result, peak = run_stage("measure", request, self._limits, self._progress)
+        self.eval_s += result["eval_s"]
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak)
+        out = []
+        for row, (correct, loss, n_tokens, text) in zip(rows, result["scores"], strict=True):
+            out.append(Scored(row.hash, row.task, correct, loss, n_tokens))
+            self.texts[generation.hash, row.hash] = text
+        if prose:
+            out.append(Scored(PROSE, "", True, float(np.mean(result["prose"])), len(result["prose"])))
+        return out

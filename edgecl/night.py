@@ -1,0 +1,238 @@
+"""One night: select -> train -> merge -> measure -> gate -> publish or refuse.
+
+Read `run` top to bottom. Every stage that loads a model is a child process; what decides (which rows stay, whether the night is
+kept) are the pure functions of `replay`, `metrics` and `gate`. Until `publish` renames the draft nothing that serves is
+touched; rows leave `pending` only after that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgecl_convert import GgufFile, write_atomic
+
+from .child import Limits, Progress, run_stage
+from .data import Example
+from .errors import StageError
+from .gate import TaskResult, judge
+from .generations import Generation, Generations, Manifest, now, sha256_file
+from .measure import Meter, mean_loss, record_of
+from .metrics import survival
+from .profile import Profile, Settings, resolve_quant
+from .replay import choose, quota
+from .store import Store, Stored
+
+Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
+
+
+@dataclass
+class AdaptReport:
+    """What a night did.
+
+    Attributes:
+        accepted: whether tonight's generation serves.
+        reason: why it was refused, or what is worth knowing about what serves.
+        verdict: what the gate said, also where it only reports.
+        served: file name of what was published, or "base + adapter".
+        survival: share of the adapter's gain that each merged file keeps, by quant; "adapter" is 1 by definition.
+        losses: answer loss on tonight's rows in nats: before, of the unmerged adapter, of each merged file.
+        results: every measured task, before and after.
+        prose: nats per token of unrelated prose: base, before, after.
+        peak_rss_bytes: of the largest child.
+    """
+
+    accepted: bool = False
+    reason: str = ""
+    verdict: str = ""
+    generation: int | None = None
+    served: str = ""
+    n_new: int = 0
+    n_replay: int = 0
+    n_kept: int = 0
+    results: list[TaskResult] = field(default_factory=list)
+    survival: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    prose: dict[str, float] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    train_s: float = 0.0
+    train_tokens_per_s: float = 0.0
+    merge_s: float = 0.0
+    eval_s: float = 0.0
+    peak_rss_bytes: int = 0
+    model_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass
+class Night:
+    """The parts a night works with.
+
+    Attributes:
+        gate: "enforce" refuses a night, "report" records the verdict and keeps it.
+        compare: further quants to merge and measure for `survival`.
+    """
+
+    settings: Settings
+    profile: Profile
+    store: Store
+    generations: Generations
+    meter: Meter
+    limits: Limits
+    minutes: float
+    gate: str = "enforce"
+    compare: Sequence[str] = ()
+    progress: Progress | None = None
+    report: AdaptReport = field(default_factory=AdaptReport)
+
+    def run(self, new: list[Stored]) -> AdaptReport:
+        """Learn pending rows.
+
+        Raises:
+            EdgeclError: a stage failed; what served before serves still, and no row left `pending`.
+        """
+        yesterday = self.generations.current()
+        replay = self.store.rows("replay")
+        plan = self._plan(new, replay)
+        rows = [row for _, part in plan.values() for row in part]
+        report = self.report
+        report.n_new, report.n_replay = len(new), len(replay)
+        draft = self.generations.draft()
+        try:
+            before, report.prose["before"] = self.meter.measure(yesterday, rows)
+            report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
+            self._train(draft, yesterday, new, replay)
+            learned = _learned_rows(plan, new)
+            report.losses["before"] = mean_loss(before, learned)
+            tonight = self._merge(draft, learned)
+            after, report.prose["after"] = self.meter.measure(tonight, rows)
+        except StageError as error:
+            self.store.record_night(None, False, str(error), report.as_dict() | {"log": error.log})
+            raise
+        finally:
+            report.eval_s = self.meter.eval_s
+            report.peak_rss_bytes = max(report.peak_rss_bytes, self.meter.peak_rss_bytes)
+        learning = {row.example.task for row in new}
+        for task, (kind, part) in plan.items():
+            pair = [[(s.correct, s.loss_nats) for s in (scores[row.hash] for row in part)] for scores in (before, after)]
+            report.results.append(TaskResult.paired(task, kind, task in learning, pair[0], pair[1]))
+        verdict = judge(report.results, report.prose["base"], report.prose["after"], self.settings.gate)
+        report.verdict = "; ".join(verdict.reasons) or "nothing got worse"
+        if not verdict.accepted and self.gate == "enforce":
+            report.reason = report.verdict
+            self.store.record_night(None, False, report.reason, report.as_dict())
+            shutil.rmtree(draft, ignore_errors=True)
+            return report
+        self._publish(draft, tonight, yesterday, new)
+        return report
+
+    def _plan(self, new: list[Stored], replay: list[Stored]) -> Plan:
+        """Return what each task is measured on: its held-out rows, else tonight's own, else those it rehearses."""
+        plan: Plan = {}
+        for kind, rows in (("heldout", self.store.rows("heldout")), ("learned", new), ("replay", replay)):
+            by_task: dict[str, list[Example]] = {}
+            for row in rows:
+                by_task.setdefault(row.example.task, []).append(row.example)
+            plan |= {task: (kind, examples) for task, examples in by_task.items() if task not in plan}
+        return plan
+
+    def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored]) -> None:
+        settings = replace(self.settings.train, minutes=0.6 * self.minutes, n_threads=self.profile.threads)
+        request = {
+            "base": self.settings.base,
+            "base_sha256": yesterday.manifest.base_sha256,
+            "start": str(yesterday.folder / "adapter.gguf") if yesterday.number else None,
+            "new": [record_of(row.example) for row in new],
+            "replay": [record_of(row.example) for row in replay],
+            "settings": asdict(settings),
+            "adapter_gguf": str(draft / "adapter.gguf"),
+            "adapter_peft": str(draft / "adapter"),
+        }
+        result, peak = run_stage("train", request, replace(self.limits, nice=self.profile.nice), self.progress)
+        report = self.report
+        report.train, report.peak_rss_bytes = result, max(report.peak_rss_bytes, peak)
+        report.train_s, report.train_tokens_per_s = result["train_s"], result["tokens_per_s"]
+
+    def _merge(self, draft: Path, learned: list[Example]) -> Generation:
+        """Return the draft that will serve: the merged file, or, where too little of the night survives, a wider one.
+
+        The wanted type comes first; where it keeps less than gate.min_survival, INT8; where that fails too, base + adapter.
+        """
+        report, wanted = self.report, self.settings.quant
+        unmerged = _draft(draft, Path(self.settings.base), draft / "adapter.gguf")
+        report.losses["adapter"] = mean_loss(self.meter.scores(unmerged, learned), learned)
+        report.survival["adapter"] = 1.0
+        served = unmerged
+        for quant in dict.fromkeys([wanted, *self.compare, "int8"]):
+            is_fallback = quant == "int8" and served is unmerged
+            if quant != wanted and quant not in self.compare and not is_fallback:
+                continue
+            merged, facts = self._merge_one(draft, quant)
+            report.losses[quant] = mean_loss(self.meter.scores(merged, learned), learned)
+            report.survival[quant] = survival(report.losses["before"], report.losses["adapter"], report.losses[quant])
+            if (quant == wanted or is_fallback) and report.survival[quant] >= self.settings.gate.min_survival:
+                served, report.merge_s = merged, facts["merge_s"]
+            else:
+                merged.model.unlink()
+        report.served = "base + adapter" if served.adapter else served.model.name
+        report.model_bytes = served.model.stat().st_size + (served.adapter.stat().st_size if served.adapter else 0)
+        if report.survival[wanted] < self.settings.gate.min_survival:
+            report.reason = f"{wanted} kept {report.survival[wanted]:.0%} of the night, so {report.served} serves"
+        return served
+
+    def _merge_one(self, draft: Path, quant: str) -> tuple[Generation, dict[str, Any]]:
+        with GgufFile(self.settings.base) as gguf:
+            qtype = resolve_quant(quant, gguf)
+        path = draft / f"model-{quant if qtype == 'keep' else qtype}.gguf"
+        request = {
+            "base": self.settings.base,
+            "adapter": str(draft / "adapter.gguf"),
+            "out": str(path),
+            "quant": qtype,
+        }
+        result, peak = run_stage("merge", request, self.limits, self.progress)
+        self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
+        return _draft(draft, path, None), result
+
+    def _publish(self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored]) -> None:
+        report, number = self.report, self.generations.next_number()
+        share = self.settings.replay.share
+        kept = [new[i].id for i in choose([r.example.answer for r in new], quota(len(new), share), seed=number)]
+        report.accepted, report.generation, report.n_kept = True, number, len(kept)
+        write_atomic(draft / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
+        files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
+        manifest = Manifest(
+            number=number,
+            parent=yesterday.hash,
+            base_sha256=yesterday.manifest.base_sha256,
+            model="" if tonight.adapter else tonight.model.name,
+            created=now(),
+            quant=self.settings.quant,
+            files={str(path.relative_to(draft)): sha256_file(path) for path in files},
+            learned=[row.id for row in new],
+            kept=kept,
+        )
+        published = self.generations.publish(draft, manifest)
+        self.store.rename_scores(tonight.hash, published.hash)
+        self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
+        self.store.record_night(number, True, report.reason, report.as_dict())
+        self.generations.drop_old_models(self.settings.keep_models)
+
+
+def _learned_rows(plan: Plan, new: list[Stored]) -> list[Example]:
+    """Return the measuring rows of tonight's tasks: what the night should have improved."""
+    tasks = {row.example.task for row in new}
+    return [row for task, (_, rows) in plan.items() if task in tasks for row in rows]
+
+
+def _draft(folder: Path, model: Path, adapter: Path | None) -> Generation:
+    """Return an unpublished generation; its scores are remembered under a name that no manifest can have."""
+    manifest = Manifest(number=-1, parent="", base_sha256="", model=model.name, created=now())
+    return Generation(manifest, folder, f"draft {folder.name} {model.name}", model, adapter)

@@ -1,0 +1,244 @@
+"""Limits and settings: a profile says what the machine may give, edgecl.toml what this learner is told.
+
+Profiles are TOML files of `firmware_configs/profiles`, found in a checkout and after `pip install`. Unknown keys are
+errors: a misspelt limit must not be a limit that is not kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgecl_convert import GgufFile
+from edgecl_convert.recipe import Recipe
+
+from .errors import SettingError
+from .gate import GateSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a machine may give to a night and to serving.
+
+    Attributes:
+        threads: cores to use, 0 for all.
+        ram_bytes: what a child process may hold; more is a refused night.
+        minutes: longest night.
+        nice: added to the niceness of the training child.
+    """
+
+    name: str = "laptop-cpu"
+    threads: int = 0
+    ram_bytes: int = 4_000_000_000
+    minutes: float = 60.0
+    n_ctx: int = 2048
+    n_batch: int = 512
+    n_gpu_layers: int = 0
+    nice: int = 10
+
+    def __post_init__(self) -> None:
+        """Check every limit.
+
+        Raises:
+            SettingError: a limit is out of range.
+        """
+        for key, low in (("threads", 0), ("ram_bytes", 1), ("n_ctx", 64), ("n_batch", 16), ("nice", 0)):
+            if getattr(self, key) < low:
+                raise SettingError(f"{key} must be at least {low}, got {getattr(self, key)} (profile {self.name})")
+        if self.minutes <= 0:
+            raise SettingError(f"minutes must be above 0, got {self.minutes} (profile {self.name})")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a night's training is told.
+
+    Attributes:
+        epochs: passes over the new rows.
+        min_steps: a small night repeats its rows until it has made this many steps.
+        batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
+        anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
+        learning_rate: peak; linear warm-up over 5% of the steps, then cosine to a tenth.
+        micro_tokens: a step is split into parts of at most this many padded tokens, which bounds its memory.
+        minutes: training stops at the first step boundary after this long, with a usable adapter.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    epochs: int = 3
+    min_steps: int = 40
+    batch_rows: int = 8
+    replay_rows: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    anchor_weight: float = 1.0
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 1024
+    minutes: float = 60.0
+    seed: int = 0
+    n_threads: int = 0
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What stays in the store.
+
+    Attributes:
+        share: of each night's rows, the most that may be kept for rehearsal (one row at least when above 0).
+        heldout: of each task's rows, what is set aside for measuring and never trained on.
+        archive: keep every learned row.
+    """
+
+    share: float = 0.1
+    heldout: float = 0.1
+    archive: bool = False
+
+    def __post_init__(self) -> None:
+        """Check both shares.
+
+        Raises:
+            SettingError: a share is not from 0 to 1.
+        """
+        for key in ("share", "heldout"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise SettingError(f"replay.{key} must be from 0 to 1, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """edgecl.toml: what one learner is told.
+
+    Attributes:
+        base: path of the base GGUF.
+        quant: what is served: int8, int4, keep, or a type or mixture that `edgecl_convert` writes.
+        keep_models: generations that keep their full model; older ones keep adapter and manifest.
+    """
+
+    base: str
+    profile: str = "laptop-cpu"
+    quant: str = "int8"
+    keep_models: int = 3
+    train: TrainSettings = field(default_factory=TrainSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Read edgecl.toml.
+
+        Raises:
+            SettingError: it cannot be read, or has an unknown key or a value out of range.
+        """
+        table = read_toml(path)
+        parts = {"train": TrainSettings, "replay": ReplaySettings, "gate": GateSettings}
+        for key, part in parts.items():
+            if key in table:
+                table[key] = from_table(part, table[key], f"{path} [{key}]")
+        return from_table(cls, table, str(path))
+
+    def to_toml(self) -> str:
+        """Return the text of edgecl.toml, every setting written out."""
+        lines: list[str] = []
+        tables: list[str] = []
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, dict):
+                tables += ["", f"[{name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
+            else:
+                lines.append(f"{name} = {_toml(value)}")
+        return "\n".join([*lines, *tables, ""])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str | bool):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)
+
+
+def resource_folder(name: str) -> Path:
+    """Return a folder that lies inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / name
+    return installed if installed.is_dir() else here.parent / name
+
+
+def resolve_quant(quant: str, base: GgufFile) -> str:
+    """Return the conversion stage's name of a quant: int8 is Q8_0; int4 the base's own 4-bit types where it has them.
+
+    Where it has none, int4 is Q4_K_M if rows divide by 256, else Q4_1.
+
+    Raises:
+        UnsupportedError: no such quant.
+    """
+    if quant == "int8":
+        return "Q8_0"
+    if quant != "int4":
+        return Recipe.named(quant).quant
+    weights = [info for info in base.tensors.values() if info.name.startswith("blk.") and len(info.shape) > 1]
+    if all(info.qtype.name in ("Q4_0", "Q4_1", "Q4_K") for info in weights):
+        return "keep"
+    return "Q4_K_M" if all(info.shape[-1] % 256 == 0 for info in weights) else "Q4_1"
+
+
+def load_profile(name: str) -> Profile:
+    """Read a profile by its name, or by the path of a TOML file.
+
+    Raises:
+        SettingError: no such profile, not TOML, an unknown key, or a value out of range.
+    """
+    folder = resource_folder("firmware_configs") / "profiles"
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise SettingError(f"profile must be one of {known}, or the path of a .toml file; got {name}")
+    return from_table(Profile, read_toml(path) | {"name": path.stem}, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file as a dict.
+
+    Raises:
+        SettingError: it cannot be read or parsed.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingError(f"{path}: is not TOML: {error}") from None
+
+
+def from_table(cls: type[T], table: dict[str, Any], where: str) -> T:
+    """Return a settings dataclass filled from a TOML table.
+
+    Raises:
+        SettingError: an unknown key, or a value of another type than the default's.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(table, dict):
+        raise SettingError(f"{where}: must be a table, got {table!r}")
+    for key, value in table.items():
+        if key not in fields:
+            raise SettingError(f"{where}: unknown key {key}; allowed: {', '.join(fields)}")
+        default = fields[key].default
+        if default is dataclasses.MISSING:
+            continue
+        wanted = type(default)
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        if not isinstance(value, wanted) or isinstance(value, bool) is not (wanted is bool):
+            raise SettingError(f"{where}: {key} must be a {wanted.__name__}, got {value!r}")
+    try:
+        return cls(**table)
+    except TypeError as error:
+        raise SettingError(f"{where}: {error}") from None

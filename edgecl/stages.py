@@ -1,0 +1,156 @@
+"""The stages of a night that load a model, each run in a child process: train, merge, measure.
+
+`python -m edgecl.stages STAGE` reads one JSON object from stdin and writes JSON lines to stdout (see `child`). Everything
+that comes in and goes out is paths, numbers and rows, so a stage can be run by hand on what a log shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgecl_convert import (
+    ConvertError,
+    GgufFile,
+    merge,
+    read_gguf_adapter,
+    write_gguf_adapter,
+    write_peft_adapter,
+)
+
+from .data import ChatFormat, Example, is_correct
+from .errors import EdgeclError
+from .profile import TrainSettings
+
+Request = dict[str, Any]
+Report = Callable[[int, int, str], None]
+HERE = Path(__file__).resolve().parent
+
+
+def example_from(record: list[Any]) -> Example:
+    """Return an example from (messages, task, final) as a request carries it."""
+    messages, task, final = record
+    return Example(tuple((role, content) for role, content in messages), task, "", final)
+
+
+def chat_format(gguf: GgufFile, vocab: Any) -> ChatFormat:
+    """Return how a base turns chats into ids: its own template, its own vocabulary.
+
+    Raises:
+        EdgeclError: the file has no chat template.
+    """
+    template = gguf.get("tokenizer.chat_template")
+    if not template:
+        raise EdgeclError(f"{gguf.path} has no chat template (tokenizer.chat_template); use an instruct model")
+    names = {}
+    for key in ("bos", "eos"):
+        index = gguf.get(f"tokenizer.ggml.{key}_token_id")
+        names[f"{key}_token"] = gguf.get("tokenizer.ggml.tokens")[index] if index is not None else ""
+    return ChatFormat(template, vocab.encode, vocab.is_end, bos=vocab.bos, **names)
+
+
+def prose_text() -> str:
+    """Return the text that measures general ability: written for this project, never trained on."""
+    return (HERE / "prose.txt").read_text("utf-8")
+
+
+def train_stage(request: Request, report: Report) -> Request:
+    """Train tonight's adapter; write it as GGUF and as a PEFT folder."""
+    from .engine import VocabFile
+    from .train import TrainRow, train
+
+    settings = TrainSettings(**request["settings"])
+    with GgufFile(request["base"]) as gguf:
+        with VocabFile(gguf.path) as vocab:
+            chats = chat_format(gguf, vocab)
+            new, replay = (
+                [TrainRow(e.ids, e.supervised) for e in (chats.encode(example_from(r)) for r in request[key])]
+                for key in ("new", "replay")
+            )
+            ids = vocab.encode((HERE / "anchor.txt").read_text("utf-8"))
+        n = 32  # as long as a short row, so that padding costs little
+        anchor = [ids[i : i + n] for i in range(0, len(ids) - n, n)]
+        start = read_gguf_adapter(request["start"]) if request["start"] else None
+        adapter, result = train(
+            gguf,
+            new,
+            replay,
+            settings,
+            start,
+            anchor,
+            lambda done, total, loss: report(done, total, f"loss {loss:.3f}"),
+        )
+        adapter.base_sha256 = request["base_sha256"]
+        write_gguf_adapter(request["adapter_gguf"], adapter)
+        write_peft_adapter(request["adapter_peft"], adapter, gguf)
+    return asdict(result)
+
+
+def merge_stage(request: Request, report: Report) -> Request:
+    """Merge an adapter into the base, or only re-quantize the base where none is named."""
+    with GgufFile(request["base"]) as gguf:
+        adapter = read_gguf_adapter(request["adapter"]) if request["adapter"] else None
+        return asdict(merge(gguf, adapter, request["out"], request["quant"], progress=report))
+
+
+def measure_stage(request: Request, report: Report) -> Request:
+    """Score rows and prose in llama.cpp."""
+    from .engine import Engine, Row, prose_nats, score
+
+    began = time.perf_counter()
+    examples = [example_from(record) for record in request["rows"]]
+    with (
+        Engine(request["model"], request["adapter"], **request["engine"]) as engine,
+        GgufFile(request["base"]) as base,
+    ):
+        chats = chat_format(base, engine.vocab)
+        scores = []
+        for example, result in zip(examples, score(engine, [Row(*chats.row(e)) for e in examples]), strict=True):
+            scores.append([is_correct(example, result.text), result.loss_nats, result.n_tokens, result.text])
+            report(len(scores), len(examples), Path(request["model"]).name)
+        prose = prose_nats(engine, prose_text()) if request["prose"] else []
+    return {"scores": scores, "prose": prose, "eval_s": time.perf_counter() - began}
+
+
+def bench_stage(request: Request, report: Report) -> Request:
+    """Time a model in llama.cpp."""
+    from .engine import Engine, latency
+
+    with Engine(request["model"], request["adapter"], **request["engine"]) as engine:
+        return dict(latency(engine))
+
+
+STAGES = {"train": train_stage, "merge": merge_stage, "measure": measure_stage, "bench": bench_stage}
+
+
+def main() -> None:
+    """Run one stage; errors come out as one JSON line, anything else as a traceback in the log."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints goes to the log, not between the JSON lines
+
+    def say(message: Request) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    last = 0.0
+
+    def report(done: int, total: int, text: str) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            say({"progress": [done, total, text]})
+
+    try:
+        say({"result": STAGES[sys.argv[1]](json.load(sys.stdin), report)})
+    except (EdgeclError, ConvertError) as error:
+        say({"error": {"message": str(error), "exit_code": getattr(error, "exit_code", 1)}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Batches: rows of like length together, padded on the right, replay mixed into every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One chat to train on: token ids, and for each whether it is predicted."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+    @property
+    def n_predicted(self) -> int:
+        """Number of predicted tokens."""
+        return sum(self.supervised)
+
+
+def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return (B, T) int64 ids, padded with 0 on the right."""
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids
+
+
+def shared_prefix(rows: Sequence[TrainRow]) -> list[int]:
+    """Return the ids that all rows begin with, ending at least one token before anything is predicted."""
+    if not rows:
+        return []
+    low, high = min(row.ids for row in rows), max(row.ids for row in rows)
+    n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    first = min(row.supervised.index(True) for row in rows)
+    return low[: max(0, min(n, first - 1))]
+
+
+def epoch(
+    new: Sequence[TrainRow], replay: Sequence[TrainRow], batch_rows: int, replay_rows: int, rng: np.random.Generator
+) -> list[list[TrainRow]]:
+    """Return one epoch over `new`, in batches of `batch_rows` with `replay_rows` more from the buffer in each.
+
+    Rows are shuffled, sorted by length within stretches of sixteen batches, and the batches shuffled again. The buffer is
+    walked in a shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
+    """
+    order = [new[i] for i in rng.permutation(len(new))]
+    stretch = 16 * batch_rows
+    batches = []
+    for start in range(0, len(order), stretch):
+        part = sorted(order[start : start + stretch], key=lambda row: len(row.ids))
+        batches += [part[i : i + batch_rows] for i in range(0, len(part), batch_rows)]
+    batches = [batches[i] for i in rng.permutation(len(batches))]
+    share = min(replay_rows, len(replay))
+    walk: list[TrainRow] = []
+    while share and len(walk) < share * len(batches):
+        walk += [replay[i] for i in rng.permutation(len(replay))]
+    return [batch + walk[i * share : (i + 1) * share] for i, batch in enumerate(batches)]
+
+
+def micro_batches(rows: Sequence[TrainRow], n_prefix: int, max_tokens: int) -> list[list[TrainRow]]:
+    """Split a batch so that no part holds more than `max_tokens` padded tokens behind the prefix (a lone row may)."""
+    parts: list[list[TrainRow]] = []
+    width = 0
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        width = len(row.ids) - n_prefix  # the longest so far
+        if parts and (len(parts[-1]) + 1) * width <= max_tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
