@@ -7,6 +7,7 @@ RLIMIT_AS counts memory maps that cost nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -51,6 +52,8 @@ def run_stage(
     if convert is not None and convert.__file__:
         roots.append(str(Path(convert.__file__).resolve().parent.parent))
     environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    if limits.nice:
+        environment["OMP_WAIT_POLICY"] = "passive"  # who gives way must not spin while it waits: a chat wants the core
     if limits.threads:
         environment["OMP_NUM_THREADS"] = str(limits.threads)
     with tempfile.TemporaryFile() as log:
@@ -63,13 +66,13 @@ def run_stage(
         failure: dict[str, Any] | None = None
         try:
             assert process.stdin and process.stdout
-            try:
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # it died at once: the exit code tells
                 process.stdin.write(json.dumps(request))
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it died at once: the exit code tells
             for line in process.stdout:
-                message = json.loads(line)
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    continue  # it was killed in the middle of a line
                 if "progress" in message and progress:
                     progress(stage, *message["progress"])
                 result, failure = message.get("result", result), message.get("error", failure)
@@ -79,6 +82,8 @@ def run_stage(
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            if process.stdout:
+                process.stdout.close()
         log.seek(0)
         tail = log.read().decode("utf-8", "replace")[-4000:]
     if watch.reason:

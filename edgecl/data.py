@@ -28,7 +28,7 @@ DEFAULT_TASK = "default"
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_TASK = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
+_TASK = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,100}")
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,7 @@ def parse_example(record: Any, task: str | None = None, source: str = "") -> Exa
     if not messages or messages[-1][0] != "assistant":
         raise DataError("the last message must be the assistant's; add the wanted answer")
     for role, content in messages:
-        if not isinstance(content, str):
-            raise DataError(f"content of {role} must be a string, got {type(content).__name__}")
-        try:
-            content.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(f"content of {role} has half a character (a lone surrogate); write it as UTF-8") from None
+        _check_text(f"content of {role}", content)
     if not messages[-1][1].strip():
         raise DataError("the assistant's answer is empty")
     if not any(role == "user" and content.strip() for role, content in messages):
@@ -98,9 +93,27 @@ def parse_example(record: Any, task: str | None = None, source: str = "") -> Exa
     name = task if task is not None else record.get("task", DEFAULT_TASK)
     if not isinstance(name, str) or not _TASK.fullmatch(name):
         raise DataError(f"task must be 1 to 100 printable characters, got {name!r}")
-    final = record.get("final")
     origin = record.get("source", source)
-    return Example(messages, name, origin if isinstance(origin, str) else source, None if final is None else str(final))
+    origin = origin if isinstance(origin, str) else source
+    return Example(messages, name, origin.encode("utf-8", "replace").decode("utf-8"), _final(record.get("final")))
+
+
+def _final(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    _check_text("final", value)
+    return str(value)
+
+
+def _check_text(what: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{what} must be a string, got {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{what} has half a character (a lone surrogate); write it as UTF-8") from None
 
 
 def _messages(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -109,15 +122,19 @@ def _messages(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if "conversations" in record:
         return [_turn(turn, "from", "value", _SHAREGPT_ROLES) for turn in _list(record, "conversations")]
     if "instruction" in record and "output" in record:
-        extra = record.get("input") or ""
-        prompt = f"{record['instruction']}\n\n{extra}" if extra else record["instruction"]
+        prompt, extra = record["instruction"], record.get("input") or ""
+        if extra:
+            _check_text("instruction", prompt)
+            _check_text("input", extra)
+            prompt = f"{prompt}\n\n{extra}"
         return [("user", prompt), ("assistant", record["output"])]
     for key in ("completion", "response"):
         if "prompt" in record and key in record:
             return [("user", record["prompt"]), ("assistant", record[key])]
+    keys = ", ".join(repr(key[:40]) for key in sorted(record)[:6]) or "(none)"
     raise DataError(
-        f"unknown keys {', '.join(sorted(map(str, record))[:6]) or '(none)'}; allowed: messages, prompt + completion "
-        "(or response), instruction + output (alpaca), conversations (sharegpt)"
+        f"unknown keys {keys}; allowed: messages, prompt + completion (or response), "
+        "instruction + output (alpaca), conversations (sharegpt)"
     )
 
 
@@ -130,10 +147,11 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
 
 def _turn(turn: Any, role_key: str, text_key: str, roles: dict[str, str]) -> tuple[str, str]:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        raise DataError(f"each turn needs {role_key} and {text_key}, got {str(turn)[:60]}")
-    if turn[role_key] not in roles:
-        raise DataError(f"{role_key} must be one of {', '.join(roles)}; got {turn[role_key]!r}")
-    return roles[turn[role_key]], turn[text_key]
+        raise DataError(f"each turn needs {role_key} and {text_key}, got {repr(turn)[:60]}")
+    role = turn[role_key]
+    if not isinstance(role, str) or role not in roles:
+        raise DataError(f"{role_key} must be one of {', '.join(roles)}; got {repr(role)[:60]}")
+    return roles[role], turn[text_key]
 
 
 def parse_lines(
@@ -230,7 +248,7 @@ class ChatFormat:
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **self._names)
-        except (jinja2.TemplateError, TypeError, DataError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero, or recurse
             raise DataError(f"the base's chat template refuses this chat: {error}") from None
 
     def _ids(self, text: str) -> list[int]:

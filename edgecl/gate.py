@@ -7,11 +7,13 @@ unrelated prose, against the untouched base) has a tolerance of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from .errors import SettingError
 from .metrics import paired_interval
 
 
@@ -30,6 +32,16 @@ class GateSettings:
     min_recall: float = 0.75
     max_prose_nats: float = 0.40
     min_survival: float = 0.90
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be compared with.
+
+        Raises:
+            SettingError: a tolerance is NaN.
+        """
+        for key, value in vars(self).items():
+            if math.isnan(value):
+                raise SettingError(f"gate.{key} must be a number, got {value}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ def judge(results: Sequence[TaskResult], prose_base: float, prose_after: float, 
         if reason:
             reasons.append(reason)
     lost = prose_after - prose_base
-    if lost > settings.max_prose_nats:
+    if not lost <= settings.max_prose_nats:  # so written that NaN refuses
         reasons.append(
             f"general ability fell by {lost:.2f} nats per token against the base, "
             f"{settings.max_prose_nats:.2f} are allowed (gate.max_prose_nats)"
@@ -104,7 +116,7 @@ def judge(results: Sequence[TaskResult], prose_base: float, prose_after: float, 
 
 def _no_gain(result: TaskResult, settings: GateSettings) -> str:
     if result.kind == "learned":
-        if result.accuracy_after < settings.min_recall:
+        if not result.accuracy_after >= settings.min_recall:
             return (
                 f"{result.task}: {result.accuracy_after:.0%} of tonight's rows are answered right, "
                 f"{settings.min_recall:.0%} are asked for (gate.min_recall)"
@@ -120,7 +132,7 @@ def _no_gain(result: TaskResult, settings: GateSettings) -> str:
 
 def _drop(result: TaskResult, settings: GateSettings) -> str:
     fell = result.accuracy_before - result.accuracy_after
-    if fell > settings.max_drop and result.loss_low > 0:
+    if fell > settings.max_drop and not result.loss_low <= 0:  # a loss that is NaN counts as risen
         return (
             f"{result.task}: accuracy fell from {result.accuracy_before:.0%} to {result.accuracy_after:.0%} "
             f"on {result.n_rows} rows, {settings.max_drop:.0%} is allowed (gate.max_drop)"

@@ -11,6 +11,7 @@ any two steps leaves a model that serves. A manifest names its parent by the has
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,6 +93,12 @@ def _digest(handle: Any) -> str:
     return digest.hexdigest()
 
 
+def unpublished(folder: Path, model: Path, adapter: Path | None) -> Generation:
+    """Return files that are measured before they are published, or never are; no manifest can have such a hash."""
+    manifest = Manifest(number=-1, parent="", base_sha256="", model=model.name, created=now())
+    return Generation(manifest, folder, f"draft {folder.name} {model.name}", model, adapter)
+
+
 class Generations:
     """The generations of one home."""
 
@@ -107,7 +114,7 @@ class Generations:
         """Return the numbers of all generations on disk, published or not, in order."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and (p / "manifest.json").is_file())
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and (p / "manifest.json").is_file())
 
     def load(self, number: int) -> Generation:
         """Read one generation.
@@ -144,7 +151,7 @@ class Generations:
         except OSError:
             raise GenerationError(f"{self.home} serves no generation; run `edgecl init MODEL`") from None
         name = Path(target).name
-        if Path(target).parent.name != "generations" or not name.isdigit():
+        if Path(target).parent.name != "generations" or not name.isdecimal():
             raise GenerationError(f"{self.link} points to {target}, not to a generation; run `edgecl rollback N`")
         return self.load(int(name))
 
@@ -161,11 +168,12 @@ class Generations:
         path = Path(manifest.model)
         try:
             stat = path.stat()
+            if not full and (stat.st_size, stat.st_mtime_ns) == (manifest.base_bytes, manifest.base_mtime_ns):
+                return
+            got = sha256_file(path)
         except OSError as error:
             raise GenerationError(f"base {path} is gone ({error.strerror}); put it back, or `edgecl init` anew") from None
-        if not full and (stat.st_size, stat.st_mtime_ns) == (manifest.base_bytes, manifest.base_mtime_ns):
-            return
-        if (got := sha256_file(path)) != manifest.base_sha256:
+        if got != manifest.base_sha256:
             raise GenerationError(
                 f"base {path} has sha256 {got[:12]}, it was {manifest.base_sha256[:12]} at init; "
                 "put the old file back, or `edgecl init` a new home"
@@ -223,19 +231,21 @@ class Generations:
             raise GenerationError(f"{self.link} could not be moved: {error.strerror}") from None
 
     def next_number(self) -> int:
-        """Return the number of the next generation; a number is never used twice."""
-        return max(self.numbers(), default=-1) + 1
+        """Return the number of the next generation; that of a folder whose manifest is lost is not used again either."""
+        names = (path.name for path in self.folder.glob("*") if path.name.isdecimal())
+        return max(map(int, names), default=-1) + 1
 
     def drop_old_models(self, keep: int) -> None:
         """Delete the merged model of all but the newest `keep` generations and the one that serves.
 
-        Their adapter and manifest stay, and they can be rebuilt.
+        Their adapter and manifest stay, and they can be rebuilt. A damaged generation is left as it is.
         """
         serving = self.current().number
         for number in self.numbers()[:-keep] if keep else self.numbers():
-            generation = self.load(number)
-            if number not in (0, serving) and generation.manifest.model:
-                generation.model.unlink(missing_ok=True)
+            with contextlib.suppress(GenerationError):
+                generation = self.load(number)
+                if number not in (0, serving) and generation.manifest.model:
+                    generation.model.unlink(missing_ok=True)
 
 
 def _json(manifest: Manifest) -> str:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecl_convert import ConvertError, GgufFile, merge, write_atomic
+from edgecl_convert import ConvertError, GgufFile, write_atomic
 from edgecl_convert.names import check_architecture
 
 from .child import Limits, Progress, run_stage
@@ -295,18 +295,6 @@ class Learner:
         request = {"model": str(generation.model), "adapter": adapter, "engine": self._engine_options()}
         result, peak = run_stage("bench", request, self.limits(), progress)
         return result | {"peak_rss_bytes": peak, "model_bytes": generation.model.stat().st_size}
-
-    def bench_quant(self, quant: str, progress: Progress | None = None) -> dict[str, Any]:
-        """Return `bench` of the untouched base at another quant, from a file that is deleted again."""
-        path = self.home / f".bench-{quant}.gguf"
-        try:
-            with translated(), GgufFile(self.settings.base) as gguf:
-                merge(gguf, None, path, resolve_quant(quant, gguf))
-            request = {"model": str(path), "adapter": None, "engine": self._engine_options()}
-            result, peak = run_stage("bench", request, self.limits(), progress)
-            return result | {"peak_rss_bytes": peak, "model_bytes": path.stat().st_size}
-        finally:
-            path.unlink(missing_ok=True)
 
     def meter(self, progress: Progress | None = None, limits: Limits | None = None) -> Meter:
         """Return what scores rows in a child process and remembers the scores in the store."""

@@ -116,9 +116,10 @@ def paired_interval(
     Source:
         Percentile bootstrap over rows, 2,000 draws (Efron 1979).
     """
-    difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-    if difference.ndim != 1 or not len(difference):
-        raise DataError(f"a paired interval needs at least one row, got shape {difference.shape}")
+    first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise DataError(f"a paired interval needs the same rows twice, got shapes {first.shape} and {second.shape}")
+    difference = second - first
     draws = np.random.default_rng(seed).integers(0, len(difference), (2000, len(difference)))
     means = difference[draws].mean(1)
     tail = 50 * (1 - confidence)

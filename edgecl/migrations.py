@@ -10,21 +10,22 @@ migrations = Migrations("edgecl")
 @migrations()
 def m001_examples(db: Database) -> None:
     """Every row the learner holds; `role` is pending, replay, heldout or archive."""
-    db.table("examples").create(
-        {
-            "id": int,
-            "role": str,
-            "task": str,
-            "messages": str,  # JSON: [[role, content], ...]
-            "final": str,
-            "source": str,
-            "hash": str,
-            "prompt_hash": str,
-            "created": str,  # UTC, ISO 8601
-            "generation": int,  # that learned it; NULL while pending or held out
-        },
-        pk="id",
-        not_null={"role", "task", "messages", "hash", "prompt_hash", "created"},
+    # autoincrement: a manifest names the rows that a night learned by id, so no id may ever come to mean another row
+    db.execute(
+        """
+        create table examples (
+            id integer primary key autoincrement,
+            role text not null,
+            task text not null,
+            messages text not null,    -- JSON: [[role, content], ...]
+            final text,
+            source text,
+            hash text not null,
+            prompt_hash text not null,
+            created text not null,     -- UTC, ISO 8601
+            generation integer         -- that learned it; NULL while pending or held out
+        )
+        """
     )
     db.table("examples").create_index(["hash"], unique=True)
     db.table("examples").create_index(["prompt_hash"], unique=True)

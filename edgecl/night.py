@@ -20,7 +20,7 @@ from .child import Limits, Progress, run_stage
 from .data import Example
 from .errors import StageError
 from .gate import TaskResult, judge
-from .generations import Generation, Generations, Manifest, now, sha256_file
+from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import Meter, mean_loss, record_of
 from .metrics import survival
 from .profile import Profile, Settings, resolve_quant
@@ -166,7 +166,7 @@ class Night:
         The wanted type comes first; where it keeps less than gate.min_survival, INT8; where that fails too, base + adapter.
         """
         report, wanted = self.report, self.settings.quant
-        unmerged = _draft(draft, Path(self.settings.base), draft / "adapter.gguf")
+        unmerged = unpublished(draft, Path(self.settings.base), draft / "adapter.gguf")
         report.losses["adapter"] = mean_loss(self.meter.scores(unmerged, learned), learned)
         report.survival["adapter"] = 1.0
         served = unmerged
@@ -199,7 +199,7 @@ class Night:
         }
         result, peak = run_stage("merge", request, self.limits, self.progress)
         self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
-        return _draft(draft, path, None), result
+        return unpublished(draft, path, None), result
 
     def _publish(self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored]) -> None:
         report, number = self.report, self.generations.next_number()
@@ -230,9 +230,3 @@ def _learned_rows(plan: Plan, new: list[Stored]) -> list[Example]:
     """Return the measuring rows of tonight's tasks: what the night should have improved."""
     tasks = {row.example.task for row in new}
     return [row for task, (_, rows) in plan.items() if task in tasks for row in rows]
-
-
-def _draft(folder: Path, model: Path, adapter: Path | None) -> Generation:
-    """Return an unpublished generation; its scores are remembered under a name that no manifest can have."""
-    manifest = Manifest(number=-1, parent="", base_sha256="", model=model.name, created=now())
-    return Generation(manifest, folder, f"draft {folder.name} {model.name}", model, adapter)

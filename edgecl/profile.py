@@ -53,11 +53,10 @@ class Profile:
         Raises:
             SettingError: a limit is out of range.
         """
-        for key, low in (("threads", 0), ("ram_bytes", 1), ("n_ctx", 64), ("n_batch", 16), ("nice", 0)):
-            if getattr(self, key) < low:
-                raise SettingError(f"{key} must be at least {low}, got {getattr(self, key)} (profile {self.name})")
-        if self.minutes <= 0:
-            raise SettingError(f"minutes must be above 0, got {self.minutes} (profile {self.name})")
+        where = f" (profile {self.name})"
+        _check_least(self, "", where, threads=0, ram_bytes=1, n_ctx=64, n_batch=16, n_gpu_layers=-1, nice=0)
+        if not self.minutes > 0:
+            raise SettingError(f"minutes must be above 0, got {self.minutes}{where}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,18 @@ class TrainSettings:
     minutes: float = 60.0
     seed: int = 0
     n_threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every setting.
+
+        Raises:
+            SettingError: a setting is out of range.
+        """
+        _check_least(self, "train.", "", r=1, epochs=0, min_steps=0, batch_rows=1, replay_rows=0, learning_rate=0)
+        _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, micro_tokens=1, minutes=0)
+        _check_least(self, "train.", "", seed=0, n_threads=0)
+        if not self.lora_alpha > 0:
+            raise SettingError(f"train.lora_alpha must be above 0, got {self.lora_alpha}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,20 @@ class Settings:
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     gate: GateSettings = field(default_factory=GateSettings)
 
+    def __post_init__(self) -> None:
+        """Check what has no part of its own.
+
+        Raises:
+            SettingError: base is no path that can be written to a file, or keep_models is out of range.
+        """
+        if not isinstance(self.base, str):
+            raise SettingError(f"base must be a str, got {self.base!r}")
+        try:
+            self.base.encode("utf-8")
+        except UnicodeEncodeError:
+            raise SettingError(f"base must be a path in UTF-8, got {self.base!r}; rename the file or its folder") from None
+        _check_least(self, "", "", keep_models=0)
+
     @classmethod
     def read(cls, path: Path) -> Settings:
         """Read edgecl.toml.
@@ -161,8 +186,15 @@ class Settings:
 
 def _toml(value: Any) -> str:
     if isinstance(value, str | bool):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML wants DEL escaped, JSON does not
     return repr(value)
+
+
+def _check_least(settings: object, prefix: str, where: str, **least: float) -> None:
+    for key, low in least.items():
+        value = getattr(settings, key)
+        if not value >= low:  # so written that NaN is out of range
+            raise SettingError(f"{prefix}{key} must be at least {low}, got {value}{where}")
 
 
 def resource_folder(name: str) -> Path:

@@ -17,7 +17,8 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 from sqlite_utils import Database
 
 from .data import Example
-from .errors import StoreError
+from .errors import DataError, StoreError
 from .migrations import migrations
 
 ROLES = ("pending", "replay", "heldout", "archive")
@@ -82,17 +83,27 @@ class Store:
         try:
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            connection = sqlite3.connect(self.path, timeout=30)
-            self._db = Database(connection)
-            self._db.execute("PRAGMA secure_delete = ON")
-            self._db.enable_wal()
-            self._db.execute("PRAGMA synchronous = FULL")
-            known = {migration.name for migration in migrations.pending(Database(memory=True))}
-            if newer := [m.name for m in migrations.applied(self._db) if m.name not in known]:
-                raise StoreError(f"{path}: was written by a newer edgecl (it has {newer[-1]}); update edgecl")
-            migrations.apply(self._db)
+            self._db = Database(sqlite3.connect(self.path, timeout=30))
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{path}: cannot be opened: {error}; restore it or move it away") from None
+        try:
+            with self._translated("cannot be opened", "restore it or move it away"):
+                self._prepare()
+        except StoreError:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA secure_delete = ON")
+        self._db.enable_wal()
+        self._db.execute("PRAGMA synchronous = FULL")
+        with closing(Database(memory=True)) as empty:
+            known = {migration.name for migration in migrations.pending(empty)}
+        if newer := [m.name for m in migrations.applied(self._db) if m.name not in known]:
+            raise StoreError(f"{self.path}: was written by a newer edgecl (it has {newer[-1]}); update edgecl")
+        if migrations.pending(self._db):
+            with self._transaction():  # the second of two processes that open a new file finds nothing left to do
+                migrations.apply(self._db)
 
     def close(self) -> None:
         """Close the connection."""
@@ -110,6 +121,7 @@ class Store:
         """Store examples as pending, all or none, and set part of each task aside for measuring.
 
         Raises:
+            DataError: a text is not Unicode; nothing was stored.
             StoreError: the disk is full, or the database failed; nothing was stored.
         """
         report = Added()
@@ -121,6 +133,8 @@ class Store:
                 tasks.add(example.task)
             for task in sorted(tasks):
                 report.heldout += self._hold_out(task, heldout_share)
+        if report.replaced:
+            self._empty_log()
         return report
 
     def _add_one(self, example: Example, now: str, report: Added) -> None:
@@ -164,16 +178,18 @@ class Store:
         where, arguments = "role = ?", [role]
         if task is not None:
             where, arguments = where + " and task = ?", [role, task]
-        return [
-            Stored(row["id"], row["role"], _example(row))
-            for row in self._db.table("examples").rows_where(where, arguments, order_by="id")
-        ]
+        with self._reading():
+            return [
+                Stored(row["id"], row["role"], _example(row))
+                for row in self._db.table("examples").rows_where(where, arguments, order_by="id")
+            ]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the number of rows by task and role."""
         out: dict[str, dict[str, int]] = {}
-        for task, role, n in self._db.execute("select task, role, count(*) from examples group by 1, 2 order by 1, 2"):
-            out.setdefault(task, dict.fromkeys(ROLES, 0))[role] = n
+        with self._reading():
+            for task, role, n in self._db.execute("select task, role, count(*) from examples group by 1, 2 order by 1, 2"):
+                out.setdefault(task, dict.fromkeys(ROLES, 0))[role] = n
         return out
 
     def settle(self, learned: Collection[int], keep: Collection[int], generation: int, archive: bool) -> None:
@@ -191,6 +207,13 @@ class Store:
                         "update examples set role = ?, generation = ? where id = ? and role = 'pending'",
                         [role, generation, row_id],
                     )
+        self._empty_log()
+
+    def drop(self, role: str) -> None:
+        """Delete every row of a role."""
+        with self._transaction():
+            self._db.table("examples").delete_where("role = ?", [role])
+        self._empty_log()
 
     # --- nights and scores --------------------------------------------------------------------------------------
 
@@ -209,15 +232,17 @@ class Store:
 
     def nights(self) -> list[dict[str, Any]]:
         """Return every night, oldest first."""
-        return [
-            row | {"accepted": bool(row["accepted"]), "report": json.loads(row["report"])}
-            for row in self._db.table("nights").rows_where(order_by="id")
-        ]
+        with self._reading():
+            return [
+                row | {"accepted": bool(row["accepted"]), "report": json.loads(row["report"])}
+                for row in self._db.table("nights").rows_where(order_by="id")
+            ]
 
     def scores(self, generation: str, hashes: Sequence[str]) -> dict[str, Scored]:
         """Return the scores of a generation (by its manifest's hash) on rows, for those that have one."""
         wanted = set(hashes)
-        rows = self._db.table("scores").rows_where("generation = ?", [generation])
+        with self._reading():
+            rows = list(self._db.table("scores").rows_where("generation = ?", [generation]))
         return {
             row["hash"]: Scored(row["hash"], row["task"], bool(row["correct"]), row["loss_nats"], row["n_tokens"])
             for row in rows
@@ -254,29 +279,30 @@ class Store:
     def _count(self, where: str, arguments: Sequence[Any]) -> int:
         return int(self._db.table("examples").count_where(where, arguments))
 
-    def _transaction(self) -> Any:
-        return _Translated(self._db.atomic(), self.path)
+    def _empty_log(self) -> None:
+        """Empty the write-ahead log, where deleted text would stay; if a reader is in the way, a later call does it."""
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Write all or nothing. The lock is taken at once: a transaction that has read could not wait for its turn."""
+        with self._translated("failed", "nothing was stored"):
+            self._db.conn.execute("BEGIN IMMEDIATE")
+            with self._db.conn:  # commits, or rolls back
+                yield
 
-class _Translated:
-    """A transaction whose sqlite errors come out as StoreError."""
+    def _reading(self) -> AbstractContextManager[None]:
+        return self._translated("cannot be read", "restore it or move it away")
 
-    def __init__(self, transaction: Any, path: Path) -> None:
-        self._transaction, self._path = transaction, path
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def _translated(self, what: str, then: str) -> Iterator[None]:
         try:
-            self._transaction.__enter__()
+            yield
         except sqlite3.Error as error:
-            raise StoreError(f"{self._path}: {error}; nothing was stored") from None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            self._transaction.__exit__(kind, error, trace)
-        except sqlite3.Error as failure:
-            raise StoreError(f"{self._path}: {failure}; nothing was stored") from None
-        if isinstance(error, sqlite3.Error):
-            raise StoreError(f"{self._path}: {error}; nothing was stored") from None
+            raise StoreError(f"{self.path}: {what}: {error}; {then}") from None
+        except UnicodeEncodeError:
+            raise DataError("a text has half a character (a lone surrogate); nothing was stored") from None
 
 
 def _example(row: dict[str, Any]) -> Example:

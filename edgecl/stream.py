@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from edgecl_convert import GgufFile, write_atomic
 from .child import Progress, run_stage
 from .data import Example, parse_lines
 from .errors import DataError
-from .generations import Generation, Manifest, now
+from .generations import Generation, unpublished
 from .learner import Learner, find_model, translated
 from .measure import Meter
-from .metrics import average_accuracy, backward_transfer, forgetting, forward_transfer, paired_interval
+from .metrics import FloatArray, average_accuracy, backward_transfer, forgetting, forward_transfer, paired_interval
 from .profile import ReplaySettings, TrainSettings, resolve_quant
 from .store import Scored
 
@@ -106,119 +106,151 @@ def run_stream(
     compare: Sequence[str] = (),
     train: TrainSettings | None = None,
     progress: Progress | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yield the result of every cell; with `home` they are kept there, and finished ones are read back.
+
+    Cells that differ in their replay share alone have their first night in common: nothing is there to rehearse yet. A cell
+    without replay therefore goes on from the first night of the cell before it, where quant and seed are the same.
+
+    Args:
+        compare: further quants to merge and measure for `survival` after each night.
 
     Raises:
         EdgeclError: a night failed.
     """
     with tempfile.TemporaryDirectory(prefix="edgecl-stream-") as temporary:
         root = home or Path(temporary)
+        first = _FirstNight(root / ".first-night")
         for cell in cells:
             path = root / f"{cell.name}.json"
             if not path.is_file():
                 root.mkdir(parents=True, exist_ok=True)
-                result = _run_cell(stream, cell, root / cell.name, model, gate, compare, train or TrainSettings(), progress)
-                write_atomic(path, json.dumps(result, indent=1) + "\n")
+                settings = replace(train or TrainSettings(), seed=cell.seed)
+                run = _Run(stream, cell, root / cell.name, model, gate, compare, settings, progress)
+                write_atomic(path, json.dumps(run.run(first), indent=1) + "\n")
             yield json.loads(path.read_text("utf-8"))
+        shutil.rmtree(first.folder, ignore_errors=True)
 
 
-def _run_cell(
-    stream: Stream,
-    cell: Cell,
-    home: Path,
-    model: str,
-    gate: str,
-    compare: Sequence[str],
-    train: TrainSettings,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    n = len(stream.tasks)
-    accuracy, loss = np.full((n, n), np.nan), np.full((n, n), np.nan)
-    nights = []
-    settings: dict[str, Any] = {
-        "replay": ReplaySettings(share=cell.replay),
-        "train": replace(train, seed=cell.seed),
-        "keep_models": 1,
-    }
-    with Learner.init(find_model(model), home, quant=cell.quant, force=True, **settings) as learner:
-        meter = learner.meter(progress)
-        base = _merged_base(learner, cell.quant, home / "base.gguf", progress)
-        rows = [row for task in stream.tasks for row in stream.test[task]]
-        start = _by_task(stream, meter.scores(base, rows))[0]
-        for i, task in enumerate(stream.tasks):
-            learner.observe(stream.train[task])
-            report = learner.adapt(gate=gate, compare=compare, progress=progress)
-            known = stream.tasks[: i + 2]
-            scores = meter.scores(learner.generations.current(), [row for t in known for row in stream.test[t]])
-            accuracy[i, : len(known)], loss[i, : len(known)] = _by_task(stream, scores, known)
-            facts = report.as_dict()
-            nights.append({"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")})
-        result = {
-            "quant": cell.quant,
-            "replay": cell.replay,
-            "seed": cell.seed,
-            "tasks": list(stream.tasks),
-            "acc": average_accuracy(accuracy),
-            "bwt": backward_transfer(accuracy),
-            "fwt": forward_transfer(accuracy, start),
-            "forgetting": forgetting(accuracy),
-            "matrix": _plain(accuracy),
-            "answer_loss_nats": _plain(loss),
-            "base": [round(float(x), 4) for x in start],
-            "n_test": {task: len(stream.test[task]) for task in stream.tasks},
-            "nights": nights,
+@dataclass
+class _FirstNight:
+    """A home after its first night, and what was measured: where a cell without replay may go on from."""
+
+    folder: Path
+    cell: Cell | None = None
+    state: tuple[Any, ...] = ()
+
+    def serves(self, cell: Cell) -> bool:
+        same = self.cell is not None and (self.cell.quant, self.cell.seed) == (cell.quant, cell.seed)
+        return same and cell.replay == 0
+
+
+@dataclass
+class _Run:
+    """One cell."""
+
+    stream: Stream
+    cell: Cell
+    home: Path
+    model: str
+    gate: str
+    compare: Sequence[str]
+    train: TrainSettings
+    progress: Progress | None
+
+    def run(self, first: _FirstNight) -> dict[str, Any]:
+        """Run every night and return the cell's result."""
+        tasks, n = self.stream.tasks, len(self.stream.tasks)
+        accuracy, loss = np.full((n, n), np.nan), np.full((n, n), np.nan)
+        nights: list[dict[str, Any]] = []
+        shutil.rmtree(self.home, ignore_errors=True)
+        if goes_on := first.serves(self.cell):
+            shutil.copytree(first.folder, self.home, symlinks=True)
+            start, accuracy[0], loss[0], night = first.state
+            nights.append(night)
+        with self._open(goes_on) as learner:
+            meter = learner.meter(self.progress)
+            if not goes_on:
+                start = self._base_accuracy(learner, meter)
+            for i, task in enumerate(tasks):
+                if i < len(nights):
+                    continue
+                learner.observe(self.stream.train[task])
+                report = learner.adapt(gate=self.gate, compare=self.compare, progress=self.progress)
+                known = tasks[: i + 2]
+                scores = meter.scores(learner.generations.current(), self._tests(known))
+                accuracy[i, : len(known)], loss[i, : len(known)] = self._by_task(scores, known)
+                facts = report.as_dict()
+                nights.append({"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")})
+                if i == 0 and n > 1 and not first.cell:
+                    first.cell, first.state = self.cell, (start, accuracy[0].copy(), loss[0].copy(), nights[0])
+                    shutil.copytree(self.home, first.folder, symlinks=True)
+            result = {
+                "quant": self.cell.quant,
+                "replay": self.cell.replay,
+                "seed": self.cell.seed,
+                "tasks": list(tasks),
+                "acc": average_accuracy(accuracy),
+                "bwt": backward_transfer(accuracy),
+                "fwt": forward_transfer(accuracy, start),
+                "forgetting": forgetting(accuracy),
+                "matrix": _plain(accuracy),
+                "answer_loss_nats": _plain(loss),
+                "base": [round(float(x), 4) for x in start],
+                "n_test": {task: len(self.stream.test[task]) for task in tasks},
+                "nights": nights,
+            }
+            if self.cell.quant != "int8":
+                result["against_int8"] = self._against_int8(learner, meter, scores)
+        shutil.rmtree(self.home)
+        return result
+
+    def _open(self, goes_on: bool) -> Learner:
+        settings = ReplaySettings(share=self.cell.replay)
+        if not goes_on:
+            path = find_model(self.model)
+            return Learner.init(path, self.home, quant=self.cell.quant, replay=settings, train=self.train, keep_models=1)
+        learner = Learner(self.home)
+        learner.settings = replace(learner.settings, replay=settings)
+        learner.store.drop("replay")
+        return learner
+
+    def _tests(self, tasks: Sequence[str]) -> list[Example]:
+        return [row for task in tasks for row in self.stream.test[task]]
+
+    def _by_task(self, scores: dict[str, Scored], tasks: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+        """Return (accuracy, answer loss in nats) of each task."""
+        parts = [[scores[row.hash] for row in self.stream.test[task]] for task in tasks]
+        right = [np.mean([s.correct for s in part]) for part in parts]
+        return np.array(right), np.array([np.mean([s.loss_nats for s in part]) for part in parts])
+
+    def _base_accuracy(self, learner: Learner, meter: Meter) -> FloatArray:
+        """Return the accuracy of the untouched base on every task, at the type that is served."""
+        base = self._merged(learner, "", self.cell.quant)
+        return self._by_task(meter.scores(base, self._tests(self.stream.tasks)), self.stream.tasks)[0]
+
+    def _merged(self, learner: Learner, adapter: str, quant: str) -> Generation:
+        """Write the base, with an adapter or without, at a quant, beside the generations; it is measured, never served."""
+        path = self.home / f"{quant}-{'base' if not adapter else 'wide'}.gguf"
+        with translated(), GgufFile(learner.settings.base) as gguf:
+            qtype = resolve_quant(quant, gguf)
+        request = {"base": learner.settings.base, "adapter": adapter, "out": str(path), "quant": qtype}
+        run_stage("merge", request, learner.limits(), self.progress)
+        return unpublished(path.parent, path, None)
+
+    def _against_int8(self, learner: Learner, meter: Meter, scores: dict[str, Scored]) -> dict[str, float]:
+        """Compare the last night's file with the same adapter merged at INT8, row by row: this quant minus INT8."""
+        wide = self._merged(learner, str(learner.generations.current().folder / "adapter.gguf"), "int8")
+        other = meter.scores(wide, self._tests(self.stream.tasks))
+        pairs = [(other[key], scores[key]) for key in other]
+        mean, low, high = paired_interval(np.array([a.loss_nats for a, _ in pairs]), np.array([b.loss_nats for _, b in pairs]))
+        return {
+            "answer_loss_nats": mean,
+            "low": low,
+            "high": high,
+            "accuracy": float(np.mean([float(b.correct) - float(a.correct) for a, b in pairs])),
+            "n_rows": len(pairs),
         }
-        if cell.quant != "int8":
-            result["against_int8"] = _against_int8(learner, meter, rows, scores, home / "int8.gguf", progress)
-    shutil.rmtree(home)
-    return result
-
-
-def _by_task(
-    stream: Stream, scores: dict[str, Scored], tasks: Sequence[str] | None = None
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return (accuracy, answer loss in nats) of each task."""
-    parts = [[scores[row.hash] for row in stream.test[task]] for task in tasks or stream.tasks]
-    return np.array([np.mean([s.correct for s in p]) for p in parts]), np.array(
-        [np.mean([s.loss_nats for s in p]) for p in parts]
-    )
-
-
-def _merged_base(learner: Learner, quant: str, path: Path, progress: Progress | None) -> Generation:
-    """Return the untouched base at the type that is served: what later nights are compared with."""
-    return _requantized(learner, "", quant, path, progress) or learner.generations.load(0)
-
-
-def _requantized(learner: Learner, adapter: str, quant: str, path: Path, progress: Progress | None) -> Generation | None:
-    with translated(), GgufFile(learner.settings.base) as gguf:
-        qtype = resolve_quant(quant, gguf)
-    if qtype == "keep" and not adapter:
-        return None
-    request = {"base": learner.settings.base, "adapter": adapter, "out": str(path), "quant": qtype}
-    run_stage("merge", request, learner.limits(), progress)
-    manifest = Manifest(number=-1, parent="", base_sha256="", model=path.name, created=now())
-    return Generation(manifest, path.parent, f"stream {path.name}", path, None)
-
-
-def _against_int8(
-    learner: Learner, meter: Meter, rows: list[Example], scores: dict[str, Scored], path: Path, progress: Progress | None
-) -> dict[str, float]:
-    """Compare the last night's file with the same adapter merged at INT8, row by row: this quant minus INT8."""
-    adapter = learner.generations.current().folder / "adapter.gguf"
-    wide = _requantized(learner, str(adapter), "int8", path, progress)
-    assert wide is not None
-    other = meter.scores(wide, rows)
-    pairs = [(other[row.hash], scores[row.hash]) for row in rows]
-    mean, low, high = paired_interval(np.array([a.loss_nats for a, _ in pairs]), np.array([b.loss_nats for _, b in pairs]))
-    right = [(a.correct, b.correct) for a, b in pairs]
-    return {
-        "answer_loss_nats": mean,
-        "low": low,
-        "high": high,
-        "accuracy": float(np.mean([b for _, b in right]) - np.mean([a for a, _ in right])),
-        "n_rows": len(rows),
-    }
 
 
 def _plain(matrix: np.ndarray[Any, Any]) -> list[list[float | None]]:

@@ -11,6 +11,7 @@ Format: https://github.com/ggml-org/llama.cpp (convert_lora_to_gguf), peft's ada
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "trainable_token_indices": ([], None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base's weights
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
 }
 
 
@@ -77,11 +85,13 @@ class Adapter:
             raise AdapterError(
                 f"adapter is for architecture {self.architecture}, {base.path} is {base.architecture}; use its own base"
             )
+        if not 0 < self.lora_alpha < math.inf:
+            raise AdapterError(f"adapter's lora_alpha must be a finite number above 0, got {self.lora_alpha}; train it again")
         for name, (a, b) in self.pairs.items():
             info = base.tensors.get(name)
             if info is None:
                 raise AdapterError(f"adapter changes {name}, which {base.path} does not have; use its own base")
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != info.shape:
+            if a.ndim != 2 or b.ndim != 2 or not a.size or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != info.shape:
                 raise AdapterError(f"adapter's {name} is {b.shape} x {a.shape}, {base.path} has {info.shape}; use its own base")
             if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 raise AdapterError(f"adapter's {name} has NaN or infinite values; train it again")
@@ -112,7 +122,10 @@ def read_gguf_adapter(path: Path | str) -> Adapter:
     with GgufFile(path) as gguf:
         if gguf.get("general.type") != "adapter" or gguf.get("adapter.type") != "lora":
             raise AdapterError(f"{path}: is a GGUF {gguf.get('general.type', 'model')}, not a LoRA adapter")
-        adapter = Adapter(gguf.architecture, float(gguf.require("adapter.lora.alpha")), {}, gguf.get(_HASH_KEY, default=""))
+        alpha = gguf.require("adapter.lora.alpha")
+        if not isinstance(alpha, int | float):
+            raise AdapterError(f"{path}: adapter.lora.alpha must be a number, got {alpha!r}")
+        adapter = Adapter(gguf.architecture, float(alpha), {}, str(gguf.get(_HASH_KEY, default="")))
         halves = {name: np.array(gguf.weights(name)) for name in gguf.tensors}
     for name, a in halves.items():
         if name.endswith(".lora_a"):
@@ -120,8 +133,8 @@ def read_gguf_adapter(path: Path | str) -> Adapter:
             if f"{stem}.lora_b" not in halves:
                 raise AdapterError(f"{path}: {stem} has a lora_a but no lora_b")
             adapter.pairs[stem] = (a, halves[f"{stem}.lora_b"])
-    if len(adapter.pairs) * 2 != len(halves):
-        raise AdapterError(f"{path}: has tensors other than lora_a/lora_b pairs")
+    if not adapter.pairs or len(adapter.pairs) * 2 != len(halves):
+        raise AdapterError(f"{path}: has no lora_a/lora_b pairs, or tensors other than those")
     return adapter
 
 
@@ -173,7 +186,10 @@ def read_peft_adapter(folder: Path | str, base: GgufFile) -> Adapter:
         b = tensors.get(f"{_PEFT_PREFIX}{module}.lora_B.weight")
         if b is None:
             raise AdapterError(f"{folder}: {module} has a lora_A but no lora_B")
-        adapter.pairs[name] = (tensors[key], to_gguf_rows(b, n_heads_permuted(name, architecture, heads)))
+        n_heads = n_heads_permuted(name, architecture, heads)
+        if b.ndim != 2 or (n_heads and b.shape[0] % (2 * n_heads)):
+            raise AdapterError(f"{folder}: lora_B of {module} is {b.shape}, which does not fit {base.path}; use its own base")
+        adapter.pairs[name] = (tensors[key], to_gguf_rows(b, n_heads))
     if not adapter.pairs or len(adapter.pairs) * 2 != len(tensors):
         raise AdapterError(f"{folder}: has no complete lora_A/lora_B pairs, or a lora_B without its lora_A")
     return adapter
@@ -241,8 +257,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}; give a PEFT adapter folder") from None
     except ValueError as error:
         raise AdapterError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type must be LORA, got {config.get('peft_type') if config else config!r}")
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if peft_type != "LORA":
+        raise AdapterError(f"{path}: peft_type must be LORA, got {peft_type!r}")
     for name, allowed in _EXPRESSIBLE.items():
         if name in config and config[name] not in allowed:
             raise AdapterError(
@@ -252,7 +269,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
         raise AdapterError(f"{path}: lora_alpha must be a number above 0, got {alpha!r}")
-    return config
+    return dict(config)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, F32Array], dict[str, str]]:

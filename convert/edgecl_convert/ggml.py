@@ -29,6 +29,11 @@ F32Array = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 FLOAT_TYPES = (QType.F32, QType.F16, QType.BF16)
+# ggml's quantizer ends the whole process on these: no kernel, or none without an importance matrix
+_UNWRITTEN = (
+    QType.I8, QType.I16, QType.I32, QType.I64, QType.F64, QType.Q8_1, QType.Q8_K,
+    QType.IQ1_S, QType.IQ2_XXS, QType.IQ2_XS,
+)  # fmt: skip
 CHUNK_WEIGHTS = 1 << 18  # weights a worker takes at once: 1 MiB of float32, which stays in the L2 cache
 
 
@@ -68,7 +73,7 @@ _TO_FLOAT_NAMES = {QType.F16: "ggml_fp16_to_fp32_row", QType.BF16: "ggml_bf16_to
 @cache
 def _to_float(qtype: QType) -> Callable[[int, int, int], None] | None:
     """Return ggml's `(source, destination, count)` decoder of a type, or None."""
-    name = _TO_FLOAT_NAMES.get(qtype, f"dequantize_row_{qtype.name.lower()}")
+    name = _TO_FLOAT_NAMES.get(qtype, f"dequantize_row_{qtype.name.lower().replace('_k', '_K')}")
     function: Any = getattr(_LIB, name, None) if _LIB is not None else None
     if function is not None:
         function.restype = None
@@ -83,7 +88,7 @@ def qtype_named(name: str) -> QType:
         UnsupportedError: no such type.
     """
     try:
-        return QType[name.upper()]
+        return GGMLQuantizationType[name.upper()]
     except KeyError:
         known = ", ".join(t.name for t in QType if t.name[0] in "FBQ")
         raise UnsupportedError(f"tensor type must be one of {known}; got {name}") from None
@@ -130,6 +135,8 @@ def quantize_rows(weights: F32Array, qtype: QType, imatrix: F32Array | None = No
     n_rows, n_per_row = weights.shape
     if n_per_row % block_size(qtype):
         raise UnsupportedError(f"{qtype.name} needs rows that are a multiple of {block_size(qtype)} weights, got {n_per_row}")
+    if qtype in _UNWRITTEN:
+        raise UnsupportedError(f"tensor type {qtype.name} is not written here; give another, such as Q8_0")
     if qtype == QType.F32:
         return np.ascontiguousarray(weights, np.float32).view(np.uint8)
     if _LIB is None:

@@ -101,7 +101,7 @@ class GgufFile:
         self.tensors: dict[str, TensorInfo] = {}
         try:
             self._walk()
-        except struct.error:
+        except (struct.error, OverflowError):  # OverflowError: a length that no offset can hold
             self._map.close()
             raise GgufError(self.path, "is truncated: its header ends in the middle of an entry") from None
         except GgufError:
@@ -147,7 +147,7 @@ class GgufFile:
     def _read_alignment(self) -> int:
         alignment = self.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise GgufError(self.path, f"general.alignment must be a power of two of at least 8, got {alignment}")
+            raise GgufError(self.path, f"general.alignment must be a power of two of at least 8, got {alignment!r}")
         return alignment
 
     def _string(self, at: int, limit: int) -> tuple[str, int]:

@@ -16,6 +16,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import ConvertError
 from .ggml import Bytes, F32Array, QType
 
 GRID_TYPES = (QType.Q4_0, QType.Q4_1, QType.Q8_0)
@@ -49,16 +50,22 @@ def add_on_grid(blocks: Bytes, qtype: QType, update: F32Array, name: str, first:
         update: (rows, n_per_row) to be added to the weights.
         name: the tensor's name, for the dither.
         first: index of the first weight within the tensor.
+
+    Raises:
+        ConvertError: scales or updates that are not finite.
     """
     n_rows = len(update)
     scale_bytes = _SCALE_BYTES[qtype]
     out = np.array(blocks).reshape(-1, (blocks.size // (update.size // _BLOCK)))  # (blocks, bytes)
-    step = out[:, :2].copy().view(np.float16).astype(np.float32)  # (blocks, 1)
+    scales = out[:, :scale_bytes].copy().view(np.float16)  # (blocks, 1), with a minimum (blocks, 2)
+    step = scales[:, :1].astype(np.float32)
     with np.errstate(divide="ignore"):
         inverse = np.where(step == 0, np.float32(0), np.float32(1) / step)
     moves = update.reshape(-1, _BLOCK) * inverse
     moves += dither(name, first, update.size).reshape(-1, _BLOCK)
     np.floor(moves, out=moves)
+    if not (np.isfinite(scales).all() and np.isfinite(moves).all()):
+        raise ConvertError(f"tensor {name} has NaN or infinite weights or updates; use a sound base and adapter")
     if qtype == QType.Q8_0:
         codes = out[:, scale_bytes:].view(np.int8)
         codes[:] = np.clip(moves + codes, -128, 127).astype(np.int8)

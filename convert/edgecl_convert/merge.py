@@ -75,7 +75,8 @@ def merge(
     if adapter is not None:
         adapter.check_fits(base)
     n_layer = int(base.get(f"{base.architecture}.block_count", 0))
-    plan = [PlannedTensor(i.name, i.shape, recipe.qtype(i, n_layer)) for i in base.tensors.values()]
+    tied = "output.weight" not in base.tensors
+    plan = [PlannedTensor(i.name, i.shape, recipe.qtype(i, n_layer, tied)) for i in base.tensors.values()]
     report = MergeReport(qtypes=dict(Counter(tensor.qtype.name for tensor in plan)))
     file_type = recipe.file_type(base)
     fields = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))

@@ -43,13 +43,18 @@ class Recipe:
         allowed = ", ".join([KEEP, *(t.name for t in _WRITABLE), *MIXTURES])
         raise UnsupportedError(f"quant must be one of {allowed}; got {quant}")
 
-    def qtype(self, info: TensorInfo, n_layer: int) -> QType:
-        """Return the type that one tensor of a model with `n_layer` layers gets."""
+    def qtype(self, info: TensorInfo, n_layer: int, tied: bool) -> QType:
+        """Return the type that one tensor gets.
+
+        Args:
+            n_layer: layers of the model.
+            tied: the embedding is also the head; there is no output.weight.
+        """
         if self.quant == KEEP:
             return info.qtype
         if len(info.shape) < 2 or "_norm" in info.name or not info.name.endswith(".weight"):
             return info.qtype
-        wanted = _q4_k_m(info, n_layer) if self.quant == "Q4_K_M" else qtype_named(self.quant)
+        wanted = _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
         return fallback(wanted, info.shape[-1])
 
     def file_type(self, base: GgufFile) -> int | None:
@@ -70,14 +75,14 @@ def fallback(qtype: QType, n_per_row: int) -> QType:
     return qtype
 
 
-def _q4_k_m(info: TensorInfo, n_layer: int) -> QType:
+def _q4_k_m(info: TensorInfo, n_layer: int, tied: bool) -> QType:
     """Q4_K, with Q6_K for the head, and for attn_v and ffn_down of the layers llama.cpp gives more bits.
 
     Source:
         llama.cpp, src/llama-quant.cpp: the first and last eighth of the layers, and every third between them.
     """
-    if info.name in ("output.weight", "token_embd.weight"):
-        return QType.Q6_K  # an embedding that is also the head; llama.cpp keeps a separate embedding at Q4_K
+    if info.name == ("token_embd.weight" if tied else "output.weight"):
+        return QType.Q6_K
     if any(part in info.name for part in (".attn_v.", ".ffn_down.")):
         layer = int(info.name.split(".")[1])
         eighth = n_layer // 8

@@ -139,7 +139,7 @@ def _print_demo(report: dict[str, Any]) -> None:
     table = Table("file", "size", "prefill", "decode", "first token", "per token p95", box=None, pad_edge=False)
     for name, facts in report["latency"].items():
         table.add_row(
-            name,
+            name.upper(),
             size(facts["model_bytes"]),
             f"{facts['pp512']:.0f} tok/s",
             f"{facts['tg128']:.0f} tok/s",

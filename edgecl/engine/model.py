@@ -35,16 +35,25 @@ def why() -> str:
     return f": {_log[-1]}" if _log else ""
 
 
+def check_sound(path: Path) -> None:
+    """Check that llama.cpp can be trusted with a GGUF file.
+
+    Raises:
+        EngineError: it cannot be read, is truncated, or is malformed.
+    """
+    try:
+        GgufFile(path).close()
+    except ConvertError as error:
+        raise EngineError(str(error)) from None
+
+
 def load_model(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
     """Return a llama_model handle of a GGUF file.
 
     Raises:
         EngineError: the file is not sound, or llama.cpp refuses it.
     """
-    try:
-        GgufFile(path).close()
-    except ConvertError as error:
-        raise EngineError(str(error)) from None
+    check_sound(path)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
     # llama.cpp's AMX kernels end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824)

@@ -45,7 +45,7 @@ class RowScore:
 
 
 def score(engine: Engine, rows: Sequence[Row], extra_tokens: int = 12) -> Iterator[RowScore]:
-    """Yield the greedy answer and answer loss of every row, in order.
+    """Yield the greedy answer and answer loss of every row, in order; the engine is busy until the last one.
 
     Args:
         extra_tokens: a wrong answer is cut when it is this much longer than the wanted one.

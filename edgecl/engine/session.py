@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError
-from .model import Vocab, load_model, why
+from .model import Vocab, check_sound, load_model, why
 
 F32Array = NDArray[np.float32]
 
@@ -28,7 +28,6 @@ class Engine:
     """A loaded model; close it, or use it as a context manager.
 
     Attributes:
-        vocab: its tokens.
         n_seq: sequences that can be scored at once.
     """
 
@@ -54,7 +53,8 @@ class Engine:
         Raises:
             EngineError: the file is not sound, llama.cpp refuses it, or memory does not suffice.
         """
-        self.n_ctx, self.n_batch, self.n_seq, self._kv_type = n_ctx, n_batch, n_seq, kv_type
+        self.n_ctx, self.n_seq, self._kv_type = n_ctx, n_seq, kv_type
+        self.n_batch = min(max(n_batch, n_seq), n_ctx)  # llama.cpp aborts the process on a batch longer than its cache
         self._n_threads = n_threads or len(os.sched_getaffinity(0))
         self._n_gpu_layers = n_gpu_layers
         self._load(Path(model), adapter)
@@ -62,7 +62,7 @@ class Engine:
     def _load(self, path: Path, adapter: Path | str | None) -> None:
         self._ctx = self._lora = self._batch = None
         self._model: Any = load_model(path, self._n_gpu_layers)
-        self.vocab = Vocab(self._model)
+        self._vocab = Vocab(self._model)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = self.n_ctx, self.n_batch, self.n_batch
         settings.n_seq_max, settings.kv_unified = self.n_seq + 1, True  # one more for a prefix that rows share
@@ -77,15 +77,33 @@ class Engine:
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
         self.model_path = path
-        self.set_adapter(adapter)
+        try:
+            self.set_adapter(adapter)
+        except EngineError:
+            self.close()
+            raise
+
+    @property
+    def vocab(self) -> Vocab:
+        """The model's tokens.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        self._check_open()
+        return self._vocab
+
+    def _check_open(self) -> None:
+        if self._batch is None:  # llama.cpp would read freed memory
+            raise EngineError("this engine is closed; open another")
 
     def switch(self, model: Path | str, adapter: Path | str | None = None) -> None:
         """Serve another generation from the next turn on; the KV cache is emptied.
 
         Raises:
-            EngineError: it cannot be loaded; the engine is then closed.
+            EngineError: it cannot be loaded; the engine is then closed, until a switch to one that can.
         """
-        if Path(model) == self.model_path:
+        if self._batch is not None and Path(model) == self.model_path:
             self.set_adapter(adapter)
             return
         self.close()
@@ -95,11 +113,13 @@ class Engine:
         """Apply a GGUF LoRA file to the loaded model, or none; the KV cache is emptied.
 
         Raises:
-            EngineError: llama.cpp refuses it.
+            EngineError: the file is not sound, or llama.cpp refuses it; the model then has no adapter.
         """
+        self.clear()
         llama_cpp.llama_set_adapters_lora(self._ctx, None, 0, None)
         self._free_adapter()
         if adapter:
+            check_sound(Path(adapter))
             self._lora = llama_cpp.llama_adapter_lora_init(self._model, str(adapter).encode())
             if not self._lora:
                 raise EngineError(f"{adapter}: llama.cpp could not load this adapter{why()}")
@@ -107,7 +127,6 @@ class Engine:
             scales = (ctypes.c_float * 1)(1.0)
             if llama_cpp.llama_set_adapters_lora(self._ctx, handles, 1, scales):
                 raise EngineError(f"{adapter}: llama.cpp could not apply this adapter{why()}")
-        self.clear()
 
     def _free_adapter(self) -> None:
         if self._lora:
@@ -115,7 +134,7 @@ class Engine:
             self._lora = None
 
     def close(self) -> None:
-        """Free the model; the engine cannot be used afterwards."""
+        """Free the model; whatever uses the engine afterwards raises EngineError."""
         if self._batch is not None:
             llama_cpp.llama_batch_free(self._batch)
             self._batch = None
@@ -137,14 +156,17 @@ class Engine:
 
     def clear(self) -> None:
         """Empty the KV cache."""
+        self._check_open()
         llama_cpp.llama_memory_clear(self._memory, True)
 
     def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
         """Let sequence `target` share the first `n_tokens` of sequence `source`."""
+        self._check_open()
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, n_tokens)
 
     def forget_from(self, sequence: int, position: int) -> None:
         """Drop a sequence's tokens from `position` on (0: the whole sequence)."""
+        self._check_open()
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, position or -1, -1)
 
     # --- forward ------------------------------------------------------------------------------------------------
@@ -155,11 +177,12 @@ class Engine:
         The arrays are views of llama.cpp's buffer: they hold until the next call.
 
         Raises:
-            EngineError: the cache is full, or llama.cpp failed.
+            EngineError: too many items, the cache is full, or llama.cpp failed.
         """
-        batch = self._batch
-        if batch is None:
-            raise EngineError("this engine is closed; open another")
+        self._check_open()
+        if len(items) > self.n_batch:
+            raise EngineError(f"{len(items)} tokens at once, n_batch is {self.n_batch}; feed them in parts")
+        batch: Any = self._batch
         batch.n_tokens = len(items)
         for i, (token, position, sequence, wanted) in enumerate(items):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
@@ -170,7 +193,7 @@ class Engine:
                 f"{self.model_path}: llama.cpp could not compute {len(items)} tokens (status {status}, "
                 f"n_ctx {self.n_ctx}){why()}; shorten the prompt or raise n_ctx"
             )
-        shape = (self.vocab.n_vocab,)
+        shape = (self._vocab.n_vocab,)
         return [
             np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._ctx, i), shape)
             for i, item in enumerate(items)
@@ -207,6 +230,6 @@ class Engine:
         for _ in range(min(max_tokens, self.n_ctx - len(prompt))):
             (logits,) = self.forward([(token, position, 0, True)])
             token, position = int(logits.argmax()), position + 1
-            if self.vocab.is_end(token):
+            if self._vocab.is_end(token):
                 return
             yield token

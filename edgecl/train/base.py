@@ -8,6 +8,7 @@ not carried over) is refused, never ignored; parity with llama.cpp's logits is t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched
@@ -37,6 +38,15 @@ _CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "gemma3": Gemma3TextConfig,
 }
 
+# fields by which llama.cpp computes something else, and the value that changes nothing
+_NOT_CARRIED_OVER = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "final_logit_softcapping": 0.0,
+}
+
 
 def bf16_is_fast() -> bool:
     """Return whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Armv8.6 BF16)."""
@@ -52,7 +62,7 @@ def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
     """Return the transformers configuration of a GGUF model.
 
     Raises:
-        UnsupportedError: an architecture or a rotary scaling that is not carried over.
+        UnsupportedError: an architecture, a rotary scaling or a soft cap that is not carried over.
         GgufError: a field is missing.
     """
     architecture = check_architecture(gguf)
@@ -62,13 +72,13 @@ def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
         key = f"{architecture}.{name}"
         return gguf.require(key) if default is None else gguf.get(key, default)
 
-    if field("rope.scaling.type", "none") != "none":
-        raise UnsupportedError(f"{gguf.path}: rotary scaling {field('rope.scaling.type')} is not supported for training")
+    for name, neutral in _NOT_CARRIED_OVER.items():
+        if field(name, neutral) != neutral:
+            raise UnsupportedError(f"{gguf.path}: {architecture}.{name} = {field(name)} is not supported for training")
     width = field("embedding_length")
     head_dim = field("attention.key_length", width // heads["n_head"])
     if field("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedError(f"{gguf.path}: partial rotary embedding is not supported for training")
-    theta = field("rope.freq_base", 10000.0)
     settings: dict[str, Any] = {
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
@@ -79,25 +89,32 @@ def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
         "head_dim": head_dim,
         "max_position_embeddings": field("context_length"),
         "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": field("rope.freq_base", 10000.0)},
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
         "use_cache": False,
         "pad_token_id": None,
     }
     if architecture == "gemma3":
-        n_layer = settings["num_hidden_layers"]
-        kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(n_layer)]
-        settings |= {
-            "sliding_window": field("attention.sliding_window", 4096),
-            "layer_types": kinds,
-            "query_pre_attn_scalar": head_dim,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "default", "rope_theta": theta},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            },
-        }
+        settings |= _gemma3_settings(field, settings)
     return _CONFIGS[architecture](**settings)
+
+
+def _gemma3_settings(field: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what only gemma3 has: most layers look back over a window, with a rotary base of their own."""
+    n_layer, period = settings["num_hidden_layers"], field("attention.sliding_window_pattern", 6)
+    full, sliding = "full_attention", "sliding_attention"
+    is_27b = n_layer == 62  # llama.cpp knows this size, whose scores are scaled otherwise, by its layers
+    scale_dim = settings["hidden_size"] // settings["num_attention_heads"] if is_27b else settings["head_dim"]
+    return {
+        "sliding_window": field("attention.sliding_window"),
+        "layer_types": [full if period and i % period == period - 1 else sliding for i in range(n_layer)],
+        "query_pre_attn_scalar": scale_dim,
+        "rope_parameters": {
+            full: settings["rope_parameters"],
+            sliding: {"rope_type": "default", "rope_theta": field("rope.freq_base_swa", 10000.0)},
+        },
+    }
 
 
 def load_base(gguf: GgufFile, dtype: torch.dtype) -> PreTrainedModel:

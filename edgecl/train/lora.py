@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edgecl_convert import Adapter, GgufFile
+from edgecl_convert import Adapter, AdapterError, GgufFile
 from edgecl_convert.names import PROJECTIONS, from_gguf_rows, head_counts, module_of, n_heads_permuted, to_gguf_rows
 
 
@@ -63,27 +63,32 @@ class LoraModel:
         return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
 
     def warm_start(self, adapter: Adapter) -> None:
-        """Go on from an adapter of the same rank and alpha; layers that it does not have stay new.
+        """Go on from an adapter, whose layers may have a smaller rank; layers that it does not have stay new.
 
         Raises:
-            AdapterError: it does not fit the base.
+            AdapterError: it does not fit the base, or has a larger rank.
         """
         adapter.check_fits(self.gguf)
         heads = head_counts(self.gguf)
         for name, (a, b) in adapter.pairs.items():
-            layer = self.layers[name]
+            layer, r = self.layers.get(name), len(a)
+            if layer is None:
+                raise AdapterError(f"adapter changes {name}, which is not trained here; allowed: {', '.join(PROJECTIONS)}")
+            if r > len(layer.lora_A):
+                raise AdapterError(f"adapter has r {r}, train.r is {len(layer.lora_A)}; set train.r to at least {r}")
             rows = from_gguf_rows(b, n_heads_permuted(name, self.gguf.architecture, heads))
             rescale = adapter.scaling(name) / layer.scaling
             with torch.no_grad():
-                layer.lora_A.copy_(torch.from_numpy(np.ascontiguousarray(a)))
-                layer.lora_B.copy_(torch.from_numpy(np.ascontiguousarray(rows)) * rescale)
+                layer.lora_A[:r] = torch.from_numpy(np.ascontiguousarray(a))
+                layer.lora_B[:, :r] = torch.from_numpy(np.ascontiguousarray(rows)) * rescale
+                layer.lora_B[:, r:] = 0.0
 
     def adapter(self) -> Adapter:
         """Return the trained adapter in GGUF's layout."""
         heads = head_counts(self.gguf)
         adapter = Adapter(self.gguf.architecture, self.lora_alpha)
         for name, layer in self.layers.items():
-            b = layer.lora_B.detach().numpy()
+            b = layer.lora_B.detach().numpy().copy()
             rows = to_gguf_rows(b, n_heads_permuted(name, self.gguf.architecture, heads))
             adapter.pairs[name] = (layer.lora_A.detach().numpy().copy(), np.ascontiguousarray(rows))
         return adapter

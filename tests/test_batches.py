@@ -1,0 +1,112 @@
+"""Batches: every row once, the buffer evenly, no part above its budget, no answer inside the shared prefix."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecl.train import TrainRow
+from edgecl.train.batches import epoch, micro_batches, pad, shared_prefix
+
+tokens = st.integers(0, 3)
+sizes = st.integers(0, 40)
+
+
+@st.composite
+def rows(draw, min_size=1):
+    """Rows that begin alike for a while; at least one token is predicted, never the first."""
+    prefix = draw(st.lists(tokens, max_size=6))
+    out = []
+    for body in draw(st.lists(st.lists(tokens, min_size=2, max_size=12), min_size=min_size, max_size=12)):
+        ids = prefix + body
+        supervised = [False] + [draw(st.booleans()) for _ in ids[1:-1]] + [True]
+        out.append(TrainRow(ids, supervised))
+    return out
+
+
+def numbered(n: int, length: int = 3) -> list[TrainRow]:
+    return [TrainRow([i] * length, [False] * (length - 1) + [True]) for i in range(n)]
+
+
+def first_ids(batches) -> Counter:
+    return Counter(row.ids[0] for batch in batches for row in batch)
+
+
+@given(n_new=st.integers(1, 60), n_replay=sizes, batch_rows=st.integers(1, 9), replay_rows=st.integers(0, 9))
+def test_epoch_holds_every_new_row_once_and_walks_the_buffer_evenly(n_new, n_replay, batch_rows, replay_rows):
+    new, replay = numbered(n_new), [TrainRow([1000 + i, 0], [False, True]) for i in range(n_replay)]
+    batches = epoch(new, replay, batch_rows, replay_rows, np.random.default_rng(0))
+    seen = first_ids(batches)
+    assert len(batches) == -(-n_new // batch_rows)
+    assert all(seen[i] == 1 for i in range(n_new))
+    share = min(replay_rows, n_replay)
+    rehearsed = [seen[1000 + i] for i in range(n_replay)]
+    assert sum(rehearsed) == share * len(batches)
+    assert all(sum(row.ids[0] >= 1000 for row in batch) == share for batch in batches)
+    assert not rehearsed or max(rehearsed) - min(rehearsed) <= 1
+
+
+def test_epoch_replays_every_row_equally_often():
+    replay = [TrainRow([1000 + i, 0], [False, True]) for i in range(5)]
+    batches = epoch(numbered(40), replay, 8, 3, np.random.default_rng(1))  # 5 batches of 3 replayed: 5 rows, 3 times each
+    seen = first_ids(batches)
+    assert [seen[1000 + i] for i in range(5)] == [3] * 5
+
+
+def test_epoch_is_shuffled_by_its_generator_and_batches_rows_of_like_length():
+    new = [row for i in range(64) for row in [TrainRow([i] * (2 + i % 8), [False] * (1 + i % 8) + [True])]]
+    one, again, other = (epoch(new, [], 8, 0, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one == again and one != other
+    assert all(len({len(row.ids) for row in batch}) == 1 for batch in one)
+    assert [len(batch[0].ids) for batch in one] != sorted(len(batch[0].ids) for batch in one)
+
+
+@given(rows(), st.integers(1, 60))
+def test_micro_batches_keep_all_rows_within_their_budget(batch, max_tokens):
+    n_prefix = len(shared_prefix(batch))
+    parts = micro_batches(batch, n_prefix, max_tokens)
+    assert Counter(id(row) for part in parts for row in part) == Counter(id(row) for row in batch)
+    for part in parts:
+        padded = len(part) * (max(len(row.ids) for row in part) - n_prefix)
+        assert len(part) == 1 or padded <= max_tokens
+
+
+@settings(max_examples=30)
+@given(rows(min_size=2))
+def test_micro_batches_are_as_few_as_the_order_allows(batch):
+    assert len(micro_batches(batch, 0, 10**6)) == 1
+    assert len(micro_batches(batch, 0, 1)) == len(batch)
+
+
+@given(rows())
+def test_shared_prefix_is_shared_and_leaves_a_token_before_each_answer(batch):
+    prefix = shared_prefix(batch)
+    longest = 0
+    while all(len(row.ids) > longest and row.ids[longest] == batch[0].ids[longest] for row in batch):
+        longest += 1
+    first = min(row.supervised.index(True) for row in batch)
+    assert all(row.ids[: len(prefix)] == prefix for row in batch)
+    assert len(prefix) == min(longest, max(0, first - 1))  # the token that predicts the answer is no part of it
+
+
+@pytest.mark.parametrize(
+    ("ids", "supervised", "wanted"),
+    [
+        ([[1, 2, 3, 4]], 2, [1]),  # one row: all but the answer and the token before it
+        ([[1, 2, 3, 9], [1, 2, 4, 9]], 3, [1, 2]),
+        ([[1, 2], [1, 2, 3]], 1, []),
+        ([[5, 1, 1], [6, 1, 1]], 2, []),
+    ],
+)
+def test_shared_prefix_by_hand(ids, supervised, wanted):
+    assert shared_prefix([TrainRow(i, [t >= supervised for t in range(len(i))]) for i in ids]) == wanted
+
+
+def test_shared_prefix_of_nothing():
+    assert shared_prefix([]) == []
+
+
+def test_pad_puts_zeros_on_the_right():
+    assert pad([[1], [2, 3, 4]]).tolist() == [[1, 0, 0], [2, 3, 4]]

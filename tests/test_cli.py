@@ -1,0 +1,268 @@
+"""The terminal app, run as a user runs it: whole days and nights on a tiny model, and every kind of bad input.
+
+Bad input gives one line that says what is wrong, the right exit code, and loses nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
+from tests import tiny
+
+TRAIN = 'min_steps = 12\nlearning_rate = 0.02\nanchor_weight = 0.0\nr = 4\nlora_alpha = 8.0\nseed = 0\nepochs = 1\n'
+
+
+def run(home: Path, *args: str | Path, stdin: bytes = b"", limit_bytes: int = 0) -> tuple[int, str, str]:
+    """Run `edgecl --home HOME ARGS`; return its exit code, stdout and stderr."""
+
+    def limit() -> None:
+        if limit_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    done = subprocess.run(
+        [sys.executable, "-c", "from edgecl.cli import main; main()", "--home", str(home), *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        timeout=300,
+        preexec_fn=limit,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def one_line(error: str, *words: str) -> bool:
+    """Return whether stderr is a single line, no traceback, that holds all words."""
+    return len(error.strip().splitlines()) == 1 and all(word in error for word in words)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("base") / "tiny.gguf")[0]
+
+
+@pytest.fixture(scope="module")
+def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home for the tiny model with settings that learn in seconds and a gate that asks for little."""
+    home = tmp_path_factory.mktemp("made") / "home"
+    assert run(home, "init", base)[0] == 0
+    config = home / "edgecl.toml"
+    head = config.read_text().split("[train]")[0]
+    gate = "[gate]\nmin_recall = 0.0\nmax_prose_nats = 100.0\nmax_drop = 1.0\nmin_survival = 0.5\n"
+    config.write_text(head + "[train]\n" + TRAIN + gate)
+    return home
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "home", symlinks=True))
+
+
+def lines(n: int, first: int = 0) -> bytes:
+    rows = [{"prompt": f"say {i}", "completion": f"ok {i}", "task": "echo"} for i in range(first, first + n)]
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def pending(home: Path) -> int:
+    return sum(roles["pending"] for roles in json.loads(run(home, "status", "--json")[1])["tasks"].values())
+
+
+def test_a_day_and_a_night_and_back(home: Path) -> None:
+    code, out, _ = run(home, "observe", "-", "--json", stdin=lines(6))
+    assert (code, json.loads(out)["added"]) == (0, 6)
+    assert run(home, "adapt", "--dry-run")[0] == 0
+    code, out, error = run(home, "adapt", "--json")
+    report = json.loads(out)
+    assert code == 0, error
+    assert report["accepted"] and report["generation"] == 1 and report["train"]["steps"] == 12
+    assert report["losses"]["adapter"] < report["losses"]["before"]
+    status = json.loads(run(home, "status", "--json")[1])
+    assert status["generation"] == 1 and status["tasks"]["echo"] == {"pending": 0, "replay": 1, "heldout": 0, "archive": 0}
+    assert (home / "generations/0001" / status["served"]).stat().st_mode & 0o777 == 0o600
+    assert run(home, "ask", "say 1", "--max-tokens", "5")[0] == 0
+    facts = json.loads(run(home, "eval", "--json")[1])
+    assert facts["tasks"]["echo"]["n_rows"] == 1 and facts["latency"]["tg128"] > 0
+    assert run(home, "history")[1].count("generation 1") == 1
+    assert json.loads(run(home, "rollback", "--json")[1]) == {"generation": 0}
+    assert json.loads(run(home, "status", "--json")[1])["generation"] == 0
+    code, _, error = run(home, "rollback")
+    assert code == 1 and one_line(error, "nothing to roll back to")
+    assert run(home, "adapt")[0] == 4  # nothing to learn
+
+
+def test_a_night_that_learned_nothing_is_refused_and_keeps_its_rows(home: Path) -> None:
+    config = home / "edgecl.toml"
+    config.write_text(config.read_text().replace("min_recall = 0.0", "min_recall = 1.0").replace("0.02", "1e-9"))
+    run(home, "observe", "-", stdin=lines(5))
+    code, out, _ = run(home, "adapt")
+    assert code == 3 and "refused" in out and "min_recall" in out
+    status = json.loads(run(home, "status", "--json")[1])
+    assert status["generation"] == 0 and status["tasks"]["echo"]["pending"] == 5
+    assert status["last_night"]["accepted"] is False
+
+
+def test_bad_lines_are_reported_by_number_and_good_ones_kept(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(2) + b"\n{oops\n\xff\xfe\n[]\n" + lines(1, 9) + b"\n")
+    code, out, error = run(home, "observe", path)
+    assert code == 0 and out.startswith("3 stored") and "3 bad" in out
+    assert [line.split(":")[1] for line in error.splitlines()] == ["3", "4", "5"]
+    assert pending(home) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"{bad\n"])
+def test_a_file_without_a_good_line_exits_with_1(home: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    code, _, error = run(home, "observe", path)
+    assert code == 1 and one_line(error)
+    assert run(home, "observe", tmp_path / "missing.jsonl")[0] == 1
+
+
+def test_models_that_cannot_be_used_are_refused_at_init(tmp_path: Path, base: Path) -> None:
+    data = base.read_bytes()
+    flipped = bytearray(data)
+    flipped[30] ^= 0x40
+    cases: dict[str, tuple[bytes, str]] = {
+        "empty.gguf": (b"", "empty"),
+        "text.gguf": (b"hello, this is no model at all", "not a GGUF"),
+        "short.gguf": (data[: len(data) // 2], "truncated"),
+        "flipped.gguf": (bytes(flipped), "flipped.gguf"),
+        "other.gguf": (data.replace(b"\x05\0\0\0\0\0\0\0llama\x07", b"\x05\0\0\0\0\0\0\0llama\x07").replace(b"llama", b"bloom"), "bloom"),
+    }
+    for name, (content, word) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        code, _, error = run(tmp_path / "home", "init", tmp_path / name)
+        assert code == 1 and one_line(error, word), (name, error)
+        assert not (tmp_path / "home").exists()
+    code, _, error = run(tmp_path / "home", "init", tmp_path / "missing.gguf")
+    assert code == 1 and one_line(error, "missing.gguf")
+    code, _, error = run(tmp_path / "home", "init", base, "--quant", "int3")
+    assert code == 1 and one_line(error, "int3", "Q8_0")
+
+
+def test_usage_errors_exit_with_2_and_an_existing_home_needs_force(home: Path, base: Path) -> None:
+    assert run(home, "nonsense")[0] == 2
+    assert run(home, "adapt", "--minutes", "soon")[0] == 2
+    code, _, error = run(home, "init", base)
+    assert code == 1 and one_line(error, "--force")
+    run(home, "observe", "-", stdin=lines(3))
+    assert run(home, "init", base, "--force")[0] == 0 and pending(home) == 0
+    code, _, error = run(home.parent / "nowhere", "status")
+    assert code == 1 and one_line(error, "edgecl init")
+
+
+def test_a_changed_or_missing_base_is_refused_and_loses_nothing(home: Path, base: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(base, tmp_path / "own.gguf"))
+    run(home, "init", own, "--force")
+    run(home, "observe", "-", stdin=lines(3))
+    data = bytearray(own.read_bytes())
+    data[-1] ^= 1
+    own.write_bytes(data)
+    for verb in (["adapt"], ["ask", "say 1"]):
+        code, _, error = run(home, *verb)
+        assert code == 1 and one_line(error, "sha256", "init"), error
+    own.unlink()
+    code, _, error = run(home, "adapt")
+    assert code == 1 and one_line(error, "gone")
+    assert pending(home) == 3
+
+
+def test_a_full_disk_refuses_the_night_and_loses_nothing(home: Path) -> None:
+    run(home, "observe", "-", stdin=lines(4))
+    model = json.loads(run(home, "status", "--json")[1])["base"]
+    code, _, error = run(home, "adapt", limit_bytes=Path(model).stat().st_size // 8)
+    assert code == 1 and one_line(error, "cannot be written"), error
+    assert pending(home) == 4 and not list((home / "generations").glob("0001"))
+    assert run(home, "ask", "say 1", "--max-tokens", "2")[0] == 0
+    assert run(home, "adapt")[0] == 0  # the next night succeeds
+
+
+def test_a_home_of_a_newer_version_is_refused(home: Path) -> None:
+    run(home, "observe", "-", stdin=lines(1))
+    with sqlite3.connect(home / "replay.db") as database:
+        database.execute(
+            "insert into _sqlite_migrations (migration_set, name, applied_at) values ('edgecl', 'm999_future', '')"
+        )
+    database.close()
+    code, _, error = run(home, "status")
+    assert code == 1 and one_line(error, "newer", "update")
+
+
+def test_two_nights_at_once_the_second_is_told_to_come_later(home: Path) -> None:
+    run(home, "observe", "-", stdin=lines(2))
+    with open(home / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, error = run(home, "adapt")
+    assert code == 75 and one_line(error, "another night")
+    assert pending(home) == 2
+
+
+def test_a_misspelt_setting_is_an_error(home: Path) -> None:
+    config = home / "edgecl.toml"
+    config.write_text(config.read_text().replace("max_drop", "max_dorp"))
+    code, _, error = run(home, "status")
+    assert code == 1 and one_line(error, "max_dorp", "max_drop")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("use_rslora", True), ("use_dora", True), ("alpha_pattern", {"q_proj": 4}), ("modules_to_save", ["lm_head"])],
+)
+def test_adapters_that_gguf_cannot_express_are_refused_by_name(
+    tmp_path: Path, base: Path, field: str, value: Any
+) -> None:
+    with GgufFile(base) as gguf:
+        write_peft_adapter(tmp_path / "lora", tiny.random_adapter(gguf), gguf)
+    config = tmp_path / "lora/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    code, _, error = run(tmp_path, "merge", base, tmp_path / "lora", tmp_path / "out.gguf")
+    assert code == 1 and one_line(error, field) and not (tmp_path / "out.gguf").exists()
+
+
+def test_merge_and_convert(tmp_path: Path, base: Path) -> None:
+    with GgufFile(base) as gguf:
+        adapter = tiny.random_adapter(gguf)
+    write_gguf_adapter(tmp_path / "a.gguf", adapter)
+    code, out, _ = run(tmp_path, "merge", base, tmp_path / "a.gguf", tmp_path / "out.gguf", "--quant", "Q8_0", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["survival"] == pytest.approx(1, abs=0.02) and facts["merge_s"] > 0
+    code, _, error = run(tmp_path, "merge", base, tmp_path / "a.gguf", tmp_path / "out.gguf")
+    assert code == 1 and one_line(error, "--force")
+    adapter.base_sha256 = "0" * 64
+    write_gguf_adapter(tmp_path / "b.gguf", adapter)
+    code, _, error = run(tmp_path, "merge", base, tmp_path / "b.gguf", tmp_path / "new.gguf")
+    assert code == 1 and one_line(error, "trained on") and not (tmp_path / "new.gguf").exists()
+    code, out, _ = run(tmp_path, "convert", base, tmp_path / "q4.gguf", "--quant", "Q4_0", "--json")
+    assert code == 0 and json.loads(out)["model_bytes"] < base.stat().st_size / 3
+    code, _, error = run(tmp_path, "convert", base, tmp_path / "x.gguf", "--quant", "Q9")
+    assert code == 1 and one_line(error, "Q9")
+
+
+def test_a_stream_prints_its_matrix(tmp_path: Path, base: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for k, task in enumerate("ab"):
+            (tmp_path / split / f"{task}.jsonl").write_bytes(lines(4, 10 * k))
+    code, out, error = run(tmp_path / "home", "stream", tmp_path, "--model", base, "--replay", "0.5,0", "--json")
+    assert code == 0, error
+    cells = json.loads(out)["cells"]
+    assert [cell["replay"] for cell in cells] == [0.5, 0]
+    assert cells[0]["matrix"][0] == cells[1]["matrix"][0]  # the first night has nothing to rehearse
+    needed = {"train_s", "train_tokens_per_s", "merge_s", "eval_s", "peak_rss_bytes", "model_bytes", "survival"}
+    assert all(needed <= set(night) for cell in cells for night in cell["nights"])
+    assert cells[0]["nights"][1]["n_replay"] == 2 and cells[1]["nights"][1]["n_replay"] == 0
+    (tmp_path / "test/b.jsonl").write_bytes(b"")
+    code, _, error = run(tmp_path / "home2", "stream", tmp_path, "--model", base)
+    assert code == 1 and one_line(error, "b.jsonl", "empty")

@@ -1,0 +1,201 @@
+"""Stochastic rounding on the base's own grid: unbiased, repeatable, and only codes move."""
+
+import itertools
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecl_convert import ConvertError
+from edgecl_convert.ggml import Bytes, F32Array, QType, dequantize, quantize
+from edgecl_convert.grid import GRID_TYPES, add_on_grid, dither
+
+N_PER_ROW = 64
+SCALE_BYTES = {QType.Q4_0: 2, QType.Q4_1: 4, QType.Q8_0: 2}
+
+grid_types = pytest.mark.parametrize("qtype", GRID_TYPES, ids=lambda t: t.name)
+
+
+def model(qtype: QType, rows: int = 64, seed: int = 0) -> Bytes:
+    weights = np.random.default_rng(seed).standard_normal((rows, N_PER_ROW), np.float32)
+    return quantize(weights, qtype)
+
+
+def by_block(blocks: Bytes, qtype: QType) -> Bytes:
+    return blocks.reshape(-1, blocks.size // (len(blocks) * N_PER_ROW // 32))
+
+
+def steps(blocks: Bytes, qtype: QType) -> F32Array:
+    """The (rows, N_PER_ROW) step of every weight's block."""
+    step = by_block(blocks, qtype)[:, :2].copy().view(np.float16).astype(np.float32)  # (blocks, 1)
+    return np.repeat(step, 32, axis=1).reshape(len(blocks), N_PER_ROW)
+
+
+def mid_range(qtype: QType, rows: int) -> Bytes:
+    """Blocks whose codes are in the middle of their range, where nothing is clipped; steps of both signs."""
+    rng = np.random.default_rng(1)
+    n = rows * N_PER_ROW // 32
+    scales = rng.uniform(0.01, 0.1, (n, SCALE_BYTES[qtype] // 2)) * rng.choice([-1, 1], (n, 1))
+    codes = (
+        rng.integers(-60, 60, (n, 32)).astype(np.int8).view(np.uint8)
+        if qtype == QType.Q8_0
+        else rng.integers(5, 11, (n, 16), np.uint8) | rng.integers(5, 11, (n, 16), np.uint8) << 4
+    )
+    return np.concatenate([scales.astype(np.float16).view(np.uint8), codes], axis=1).reshape(rows, -1)
+
+
+def moves(blocks: Bytes, after: Bytes, qtype: QType) -> F32Array:
+    """By how many steps each weight moved."""
+    before, now = (dequantize(b, qtype, N_PER_ROW).astype(np.float64) for b in (blocks, after))
+    return (now - before) / steps(blocks, qtype)
+
+
+@grid_types
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_no_update_changes_no_byte(qtype: QType, zero: float) -> None:
+    for blocks in (model(qtype), mid_range(qtype, 8), np.zeros_like(model(qtype))):
+        update = np.full((len(blocks), N_PER_ROW), zero, np.float32)
+        np.testing.assert_array_equal(add_on_grid(blocks, qtype, update, "w"), blocks)
+
+
+@grid_types
+@pytest.mark.parametrize("share", [0.03, -0.03, 0.25, 0.5, -0.75, 1.4, -2.2])
+def test_rounding_is_unbiased_everywhere_in_the_block(qtype: QType, share: float) -> None:
+    blocks = mid_range(qtype, 4096)
+    update = steps(blocks, qtype) * np.float32(share)
+    moved = moves(blocks, add_on_grid(blocks, qtype, update, "blk.0.attn_q.weight"), qtype)
+    whole = np.round(moved)
+    assert np.abs(moved - whole).max() < 0.01  # on the grid, whatever float16 scales and float32 sums leave
+    assert set(np.unique(whole)) == {np.floor(share), np.ceil(share)}
+    spread = np.sqrt((share % 1) * (1 - share % 1))  # of one weight
+    assert abs(whole.mean() - share) < 5 * spread / np.sqrt(whole.size)
+    by_place = whole.reshape(-1, 32).mean(0)
+    assert np.abs(by_place - share).max() < 5 * spread / np.sqrt(whole.size / 32)
+    assert np.isclose(whole.std(), spread, rtol=0.05)
+
+
+@grid_types
+def test_the_mean_over_many_small_updates_is_the_update(qtype: QType) -> None:
+    """A weight's own update differs from its neighbours': the projection on the update is what a merge must keep."""
+    blocks = model(qtype, rows=4096)
+    update = np.random.default_rng(2).standard_normal((4096, N_PER_ROW), np.float32) * np.float32(0.01)
+    change = dequantize(add_on_grid(blocks, qtype, update, "w"), qtype, N_PER_ROW) - dequantize(blocks, qtype, N_PER_ROW)
+    survival = np.vdot(change, update) / np.vdot(update, update)
+    assert 0.9 < survival < 1.1
+
+
+@grid_types
+def test_scales_never_change(qtype: QType) -> None:
+    blocks = model(qtype)
+    update = np.random.default_rng(0).standard_normal((64, N_PER_ROW), np.float32)
+    after = add_on_grid(blocks, qtype, update, "w")
+    n = SCALE_BYTES[qtype]
+    np.testing.assert_array_equal(by_block(after, qtype)[:, :n], by_block(blocks, qtype)[:, :n])
+    assert after.shape == blocks.shape and not np.array_equal(after, blocks)
+
+
+@grid_types
+def test_the_same_update_gives_the_same_bytes_and_the_base_stays(qtype: QType) -> None:
+    blocks = model(qtype)
+    blocks.flags.writeable = False  # as a view of the file is
+    update = np.full((64, N_PER_ROW), 0.01, np.float32)
+    first = add_on_grid(blocks, qtype, update, "w")
+    np.testing.assert_array_equal(add_on_grid(blocks, qtype, update, "w"), first)
+    assert not np.array_equal(add_on_grid(blocks, qtype, update, "another"), first)
+    np.testing.assert_array_equal(update, 0.01 * np.ones_like(update))
+
+
+@grid_types
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.sets(st.integers(1, 63), max_size=4))
+def test_chunks_join_to_the_whole(qtype: QType, cuts: set[int]) -> None:
+    blocks = model(qtype)
+    update = np.random.default_rng(3).standard_normal((64, N_PER_ROW), np.float32) * np.float32(0.05)
+    bounds = [0, *sorted(cuts), 64]
+    parts = [
+        add_on_grid(blocks[start:stop], qtype, update[start:stop], "w", start * N_PER_ROW)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), add_on_grid(blocks, qtype, update, "w"))
+
+
+@grid_types
+def test_a_larger_update_never_moves_a_weight_less(qtype: QType) -> None:
+    """The dither is the weight's own: an update that grows over the nights does not roll again."""
+    blocks = mid_range(qtype, 64)
+    previous = np.full((64, N_PER_ROW), -np.inf)
+    for share in np.linspace(-1, 1, 9, dtype=np.float32):
+        moved = moves(blocks, add_on_grid(blocks, qtype, steps(blocks, qtype) * share, "w"), qtype)
+        assert (moved >= previous - 0.01).all()
+        previous = moved
+
+
+@grid_types
+@pytest.mark.parametrize("sign", [1, -1])
+def test_codes_stop_at_the_ends_of_their_range(qtype: QType, sign: int) -> None:
+    for blocks in (mid_range(qtype, 8), model(qtype, 8)):
+        for size in (300, 1e6, 1e30):
+            after = add_on_grid(blocks, qtype, steps(blocks, qtype) * np.float32(sign * size), "w")
+            codes = by_block(after, qtype)[:, SCALE_BYTES[qtype] :]
+            ends = {QType.Q8_0: (127, 0x80)}.get(qtype, (0xFF, 0x00))
+            assert set(codes.flat) == {ends[0] if sign > 0 else ends[1]}
+
+
+@grid_types
+def test_a_block_of_zero_scale_stays(qtype: QType) -> None:
+    blocks = model(qtype)
+    by_block(blocks, qtype)[3, :2] = 0
+    after = add_on_grid(blocks, qtype, np.ones((64, N_PER_ROW), np.float32), "w")
+    np.testing.assert_array_equal(by_block(after, qtype)[3], by_block(blocks, qtype)[3])
+
+
+@grid_types
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scales_and_updates_that_are_not_finite_are_refused(qtype: QType, value: float) -> None:
+    update = np.zeros((64, N_PER_ROW), np.float32)
+    for at in range(0, SCALE_BYTES[qtype], 2):
+        blocks = model(qtype)
+        by_block(blocks, qtype)[3, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+        with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
+            add_on_grid(blocks, qtype, update, "blk.1.w")
+    update[5, 7] = value
+    with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
+        add_on_grid(model(qtype), qtype, update, "blk.1.w")
+
+
+# --- the dither -------------------------------------------------------------------------------------------------------
+
+
+def test_the_dither_is_uniform_and_independent() -> None:
+    n = 1 << 18
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", ""):
+        u = dither(name, 0, n)
+        assert u.dtype == np.float32 and u.min() >= 0 and u.max() < 1
+        gap = np.abs(np.sort(u) - (np.arange(n) + 0.5) / n).max()
+        assert gap < 1.95 / np.sqrt(n)  # Kolmogorov-Smirnov, p = 0.001
+        for lag in (1, 2, 16, 32, 576):
+            assert abs(np.corrcoef(u[:-lag], u[lag:])[0, 1]) < 5 / np.sqrt(n)
+    other = dither("blk.1.attn_q.weight", 0, n)
+    assert abs(np.corrcoef(dither("blk.0.attn_q.weight", 0, n), other)[0, 1]) < 5 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("first", [1, 1000, 2**32 - 3])
+def test_the_dither_is_the_weights_own(first: int) -> None:
+    part = dither("w", first, 7)
+    assert [float(dither("w", first + i, 1)[0]) for i in range(7)] == part.tolist()
+    assert len(set(part.tolist())) == 7
+
+
+def murmur_finalizer(x: int) -> int:
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+@pytest.mark.parametrize("index", [0, 1, 2**20, 2**32 - 1])
+def test_the_dither_stays_what_it_was(index: int) -> None:
+    """Models of earlier nights are rebuilt bit for bit only while the hash is this one."""
+    expected = murmur_finalizer((index * 0x9E3779B1 + zlib.crc32(b"blk.0.attn_q.weight")) % 2**32) >> 8
+    assert int(dither("blk.0.attn_q.weight", index, 1)[0] * 2**24) == expected

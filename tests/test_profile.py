@@ -1,0 +1,211 @@
+"""Profiles and edgecl.toml: what is shipped loads, a misspelt or impossible limit is named, what is written is read back."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecl.errors import SettingError
+from edgecl.gate import GateSettings
+from edgecl.profile import (
+    Profile,
+    ReplaySettings,
+    Settings,
+    TrainSettings,
+    from_table,
+    load_profile,
+    resolve_quant,
+    resource_folder,
+)
+from edgecl_convert import GgufFile, UnsupportedError
+from edgecl_convert.ggml import QType, row_bytes
+from edgecl_convert.gguf_file import PlannedTensor, encode_field, write_gguf
+
+SHIPPED = sorted((resource_folder("firmware_configs") / "profiles").glob("*.toml"))
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_profile_loads_and_says_every_limit(path: Path) -> None:
+    profile = load_profile(path.stem)
+    assert profile.name == path.stem
+    assert load_profile(str(path)) == profile
+    keys = {line.split("=")[0].strip() for line in path.read_text("utf-8").splitlines() if "=" in line.split("#")[0]}
+    assert keys == {f.name for f in dataclasses.fields(Profile)} - {"name"}
+
+
+def test_laptop_cpu_is_shipped_and_is_the_default() -> None:
+    assert "laptop-cpu" in [path.stem for path in SHIPPED]
+    assert Settings(base="b").profile == "laptop-cpu"
+
+
+def test_an_unknown_profile_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"one of .*laptop-cpu.*; got toaster"):
+        load_profile("toaster")
+    with pytest.raises(SettingError, match=r"got .*missing\.toml"):
+        load_profile(str(tmp_path / "missing.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("minuets = 5", "unknown key minuets; allowed: name, threads"),
+        ("minutes = '5'", "minutes must be a float, got '5'"),
+        ("minutes = true", "minutes must be a float, got True"),
+        ("threads = 1.5", "threads must be a int, got 1.5"),
+        ("threads = false", "threads must be a int, got False"),
+        ("nice = [1]", "nice must be a int"),
+        ("threads = -1", "threads must be at least 0, got -1 (profile mine)"),
+        ("ram_bytes = 0", "ram_bytes must be at least 1, got 0"),
+        ("minutes = 0", "minutes must be above 0, got 0"),
+        ("minutes = nan", "minutes must be above 0, got nan"),
+        ("n_ctx = 1", "n_ctx must be at least 64"),
+        ("n_batch = 0", "n_batch must be at least 16"),
+        ("n_gpu_layers = -2", "n_gpu_layers must be at least -1"),
+        ("nice = -5", "nice must be at least 0"),
+        ("minutes = ", "is not TOML"),
+        ("minutes = 1\nminutes = 2", "is not TOML"),
+    ],
+)
+def test_a_wrong_limit_is_named_with_its_file(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(SettingError) as caught:
+        load_profile(str(path))
+    assert reason in str(caught.value) and "mine" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_profile_that_cannot_be_read_as_text_is_a_setting_error(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"# gr\xfcn\nnice = 1\n")
+    with pytest.raises(SettingError, match="is not TOML"):
+        load_profile(str(tmp_path / "latin.toml"))
+
+
+def test_what_a_profile_leaves_out_has_its_default(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("minutes = 5\nname = 'other'", "utf-8")
+    assert load_profile(str(tmp_path / "mine.toml")) == Profile(name="mine", minutes=5)
+
+
+# --- edgecl.toml ------------------------------------------------------------------------------------------------------
+
+
+def values_of(cls: type[Any], **named: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Settings with any value in range for every field."""
+    by_type = {
+        int: st.integers(1, 2**40),
+        float: st.floats(0.0, 1.0, exclude_min=True),
+        bool: st.booleans(),
+        str: st.text(max_size=9),
+    }
+    fields = [f for f in dataclasses.fields(cls) if f.name not in named]
+    return st.builds(cls, **{f.name: by_type[type(f.default)] for f in fields}, **named)
+
+
+SETTINGS = values_of(
+    Settings,
+    base=st.text(st.characters(codec="utf-8"), max_size=30),
+    train=values_of(TrainSettings, learning_rate=st.floats(0, 1e300), minutes=st.floats(0, math.inf)),
+    replay=values_of(ReplaySettings),
+    gate=values_of(GateSettings, max_drop=st.floats(allow_nan=False)),
+)
+
+
+@settings(deadline=None)
+@given(made=SETTINGS)
+def test_settings_are_read_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, made: Settings) -> None:
+    path = tmp_path_factory.getbasetemp() / "edgecl.toml"
+    path.write_bytes(made.to_toml().encode("utf-8"))
+    assert Settings.read(path) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "base"),
+        ("base = 5", "base must be a str, got 5"),
+        ("base = 'b'\nquannt = 'int8'", "unknown key quannt; allowed: base, profile, quant"),
+        ("base = 'b'\nquant = 8", "quant must be a str, got 8"),
+        ("base = 'b'\nkeep_models = -1", "keep_models must be at least 0, got -1"),
+        ("base = 'b'\ntrain = 3", "[train]: must be a table, got 3"),
+        ("base = 'b'\n[train]\nrank = 4", "[train]: unknown key rank"),
+        ("base = 'b'\n[train]\nr = 0", "train.r must be at least 1, got 0"),
+        ("base = 'b'\n[train]\nr = 4.0", "r must be a int, got 4.0"),
+        ("base = 'b'\n[train]\nbatch_rows = 0", "train.batch_rows must be at least 1, got 0"),
+        ("base = 'b'\n[train]\nlearning_rate = nan", "train.learning_rate must be at least 0, got nan"),
+        ("base = 'b'\n[train]\nlora_alpha = 0", "train.lora_alpha must be above 0, got 0"),
+        ("base = 'b'\n[train]\nseed = -1", "train.seed must be at least 0, got -1"),
+        ("base = 'b'\n[replay]\nshare = 1.1", "replay.share must be from 0 to 1, got 1.1"),
+        ("base = 'b'\n[replay]\nheldout = nan", "replay.heldout must be from 0 to 1, got nan"),
+        ("base = 'b'\n[replay]\narchive = 1", "archive must be a bool, got 1"),
+        ("base = 'b'\n[gate]\nmax_drop = nan", "gate.max_drop must be a number, got nan"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "edgecl.toml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(SettingError) as caught:
+        Settings.read(path)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_path_that_no_file_can_hold_is_refused_at_once() -> None:
+    with pytest.raises(SettingError, match="path in UTF-8"):
+        Settings(base="models/gr\udcfcn.gguf")
+
+
+def test_a_settings_file_that_is_gone_is_a_setting_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="cannot be read: No such file"):
+        Settings.read(tmp_path / "edgecl.toml")
+
+
+def test_whole_numbers_may_stand_for_fractions_and_true_for_neither() -> None:
+    assert from_table(TrainSettings, {"lora_alpha": 32}, "x").lora_alpha == 32
+    with pytest.raises(SettingError, match="seed must be a int, got True"):
+        from_table(TrainSettings, {"seed": True}, "x")
+
+
+# --- quants -----------------------------------------------------------------------------------------------------------
+
+
+def gguf(path: Path, **tensors: tuple[QType, int]) -> GgufFile:
+    """A file with one matrix of each name (dots written as `__`), of a type and a row length."""
+    plan = [PlannedTensor(name.replace("__", "."), (2, width), qtype) for name, (qtype, width) in tensors.items()]
+    plan.append(PlannedTensor("blk.0.attn_norm.weight", (5,), QType.F32))
+    data = [np.zeros((int(np.prod(t.shape[:-1])), row_bytes(t.qtype, t.shape[-1])), np.uint8) for t in plan]
+    write_gguf(path, [encode_field("general.architecture", "llama")], plan, iter(data))
+    return GgufFile(path)
+
+
+Q, DOWN, EMBEDDING = "blk__0__attn_q__weight", "blk__0__ffn_down__weight", "token_embd__weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "int4"),
+    [
+        ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q4_1, 64), DOWN: (QType.Q4_0, 96)}, "keep"),
+        ({EMBEDDING: (QType.F16, 256), Q: (QType.Q4_K, 256)}, "keep"),
+        ({EMBEDDING: (QType.F16, 64), Q: (QType.F16, 256), DOWN: (QType.Q4_0, 512)}, "Q4_K_M"),
+        ({EMBEDDING: (QType.F16, 256), Q: (QType.F16, 256), DOWN: (QType.F16, 288)}, "Q4_1"),
+        ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q8_0, 64)}, "Q4_1"),
+        ({Q: (QType.Q4_0, 64), DOWN: (QType.Q6_K, 256)}, "Q4_1"),
+    ],
+)
+def test_int4_is_the_bases_own_types_else_what_its_rows_allow(tmp_path: Path, tensors: dict[str, Any], int4: str) -> None:
+    with gguf(tmp_path / "m.gguf", **tensors) as base:
+        assert resolve_quant("int4", base) == int4
+        assert resolve_quant("int8", base) == "Q8_0"
+
+
+def test_other_quants_are_the_conversion_stages_own_names(tmp_path: Path) -> None:
+    with gguf(tmp_path / "m.gguf", **{Q: (QType.F16, 64)}) as base:
+        assert [resolve_quant(name, base) for name in ("keep", "q4_0", "F16", "q4_k_m")] == ["keep", "Q4_0", "F16", "Q4_K_M"]
+        with pytest.raises(UnsupportedError, match=r"quant must be one of keep, .*; got int3"):
+            resolve_quant("int3", base)

@@ -1,0 +1,274 @@
+"""Training: exact gradients, repeatable adapters, and rows that are really learned."""
+
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import STD, WINDOW, build, random_adapter, random_tokens
+
+from edgecl.errors import EdgeclError
+from edgecl.profile import TrainSettings
+from edgecl.train import TrainRow, loop, train
+from edgecl.train.base import load_base
+from edgecl.train.batches import shared_prefix
+from edgecl.train.forward import base_states, losses
+from edgecl.train.lora import LoraModel
+from edgecl_convert import GgufFile
+from edgecl_convert.names import module_of
+
+FAST = TrainSettings(r=8, lora_alpha=16.0, epochs=20, min_steps=1, anchor_weight=0.0, learning_rate=5e-3, n_threads=1)
+PREFIX = random_tokens(20, seed=100)  # longer than gemma3's window
+BOUND = 1e-5  # relative error of a float32 gradient
+ANCHORS = [random_tokens(32, seed=200 + i) for i in range(4)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return a function architecture -> (open GGUF file, torch model), each built once."""
+    folder = tmp_path_factory.mktemp("train")
+
+    @cache
+    def one(architecture):
+        path, model = build(folder / f"{architecture}.gguf", architecture)
+        return GgufFile(path), model
+
+    return one
+
+
+def make_row(seed: int, n_prompt: int, n_answer: int, prefix=PREFIX) -> TrainRow:
+    ids = prefix + random_tokens(n_prompt + n_answer, seed)
+    return TrainRow(ids, [False] * (len(prefix) + n_prompt) + [True] * n_answer)
+
+
+ROWS = [make_row(i, 3 + 5 * i, 2 + i % 3) for i in range(6)]  # up to 52 tokens
+CHATTY = replace(ROWS[5], supervised=[20 < t < 25 or t > 40 for t in range(len(ROWS[5].ids))])  # two answers in one row
+
+
+def facts(n: int, seed: int) -> list[TrainRow]:
+    """Rows whose answer can only be known by heart: a key of three tokens, an answer of two."""
+    return [make_row(1000 * seed + i, 3, 2) for i in range(n)]
+
+
+def answer_loss(base, adapter, rows) -> float:
+    """Return the mean answer loss of a base with an adapter, in float32, without prefix or batch."""
+    model = load_base(base, torch.float32)
+    if adapter is not None:
+        LoraModel(model, base, FAST.r, FAST.lora_alpha, 0).warm_start(adapter)
+    with torch.no_grad():
+        total = sum(losses(model, [], [row], None)[0].item() for row in rows)
+    return total / sum(row.n_predicted for row in rows)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def reference_gradients(written, base, adapter, rows, anchor, weight):
+    """Return loss and gradients by plain autograd: full rows one by one, transformers' own eager attention, W + s B A."""
+    shell = LoraModel(load_base(base, torch.float32), base, 4, adapter.lora_alpha, 0)  # only for names and row order
+    shell.warm_start(adapter)
+    weights = {name: parameter.detach() for name, parameter in written.named_parameters()}
+    pairs, merged = {}, {}
+    for name, layer in shell.layers.items():
+        a, b = pairs[name] = [p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B)]
+        module = module_of(name, base.architecture)
+        merged[module] = weights[module] + adapter.scaling(name) * b @ a
+
+    def logits(ids, parameters):
+        return torch.func.functional_call(written, parameters, (torch.tensor([ids]),), {"use_cache": False}).logits[0]
+
+    loss = torch.zeros(())
+    for row in rows:
+        where = [t for t, wanted in enumerate(row.supervised) if wanted]
+        got = logits(row.ids, merged)[[t - 1 for t in where]]
+        loss = loss + F.cross_entropy(got, torch.tensor([row.ids[t] for t in where]), reduction="sum")
+    mean = loss / sum(row.n_predicted for row in rows)
+    p = torch.log_softmax(logits(anchor, {}).detach(), -1)
+    q = torch.log_softmax(logits(anchor, merged), -1)
+    (mean + weight * (p.exp() * (p - q)).sum(-1).mean()).backward()
+    return mean.item(), {name: (a.grad, b.grad) for name, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_gradients_equal_plain_autograd(models, architecture):
+    base, written = models(architecture)
+    rows, anchor = [*ROWS[:5], CHATTY], ANCHORS[0]
+    assert max(len(row.ids) for row in rows) > 2 * WINDOW
+    adapter = random_adapter(base, size=0.2)
+    wanted_loss, wanted = reference_gradients(written, base, adapter, rows, anchor, 0.5)
+
+    model = load_base(base, torch.float32)
+    held = (anchor, base_states(model, anchor))
+    lora = LoraModel(model, base, 4, adapter.lora_alpha, 0)
+    lora.warm_start(adapter)
+    settings = TrainSettings(micro_tokens=64, anchor_weight=0.5)
+    prefix = shared_prefix(rows)
+    assert len(prefix) == len(PREFIX)  # and micro_tokens splits the rows behind it into several parts
+    loss = loop.backward(model, prefix, rows, held, settings)
+
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    errors, sizes = [], []
+    for name, layer in lora.layers.items():
+        for got, reference in zip((layer.lora_A.grad, layer.lora_B.grad), wanted[name], strict=True):
+            errors.append(float((got - reference).norm()))
+            sizes.append(float(reference.norm()))
+            assert errors[-1] < BOUND * sizes[-1], name
+    assert sum(errors) < BOUND * sum(sizes)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_padded_batch_behind_a_prefix_equals_row_by_row(models, architecture):
+    base, _ = models(architecture)
+    model = load_base(base, torch.float32)
+    with torch.no_grad():
+        batch, _ = losses(model, PREFIX, ROWS, None)
+        rows = [losses(model, [], [row], None)[0].item() for row in ROWS]
+        held = (ANCHORS[0], base_states(model, ANCHORS[1][:32]))
+        _, beside = losses(model, PREFIX, ROWS, held)
+        _, alone = losses(model, [], [ROWS[0]], held)
+    assert batch.item() == pytest.approx(sum(rows), rel=1e-5)
+    assert beside.item() == pytest.approx(alone.item(), rel=1e-4) and alone.item() > 0.1
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def same(one, other) -> bool:
+    return one.pairs.keys() == other.pairs.keys() and all(
+        np.array_equal(x, y) for name in one.pairs for x, y in zip(one.pairs[name], other.pairs[name], strict=True)
+    )
+
+
+def test_same_seed_gives_the_same_adapter_bit_for_bit(models):
+    base, _ = models("llama")
+    settings = replace(FAST, epochs=2, anchor_weight=1.0)
+    runs = [train(base, facts(12, 1), facts(5, 2), replace(settings, seed=s), anchor=ANCHORS)[0] for s in (3, 3, 4)]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_only_the_adapter_gets_gradients(models):
+    base, _ = models("llama")
+    model = load_base(base, torch.float32)
+    LoraModel(model, base, 4, 8.0, 0)
+    loop.backward(model, [], ROWS[:2], None, FAST)
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained and all(".lora_" in name for name in trained)
+
+
+def test_rows_are_learned_and_shuffled_answers_are_not(models):
+    base, _ = models("llama")
+    rows = facts(24, 1)
+    shuffled = [replace(row, ids=row.ids[:-2] + other.ids[-2:]) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+    before = answer_loss(base, None, rows)
+    learned, report = train(base, rows, [], FAST)
+    control, control_report = train(base, shuffled, [], FAST)
+    assert report.steps == control_report.steps == 20 * 3
+    assert report.losses[0] == pytest.approx(before, rel=0.25)
+    assert answer_loss(base, learned, rows) < 0.2 * before
+    assert answer_loss(base, control, shuffled) < 0.2 * answer_loss(base, None, shuffled)
+    assert answer_loss(base, control, rows) > max(0.5 * before, 10 * answer_loss(base, learned, rows))
+
+
+def test_replay_keeps_an_earlier_night(models):
+    base, _ = models("llama")
+    old, new = facts(12, 1), facts(12, 2)
+    first, _ = train(base, old, [], FAST)
+    forgot, _ = train(base, new, [], FAST, start=first)
+    kept, _ = train(base, new, old, FAST, start=first)
+    assert answer_loss(base, kept, old) < 0.2 * answer_loss(base, forgot, old)
+    assert answer_loss(base, kept, new) < 1.0
+
+
+def test_warm_start_goes_on_where_the_last_night_ended(models):
+    base, _ = models("qwen3")
+    rows = facts(16, 1)
+    settings = replace(FAST, epochs=4)
+    first, report = train(base, rows, [], settings)
+    _, again = train(base, rows, [], settings, start=first)
+    assert again.losses[0] < 0.8 * report.losses[0]
+    untouched, _ = train(base, rows, [], replace(settings, minutes=0.0), start=first)
+    assert answer_loss(base, untouched, rows) == pytest.approx(answer_loss(base, first, rows), rel=1e-5)
+
+
+def test_time_limit_stops_early_with_a_usable_adapter(models, monkeypatch):
+    base, _ = models("llama")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def one_minute_a_step(done: int, total: int, loss: float) -> None:
+        clock.now += 60
+
+    rows = facts(24, 1)
+    adapter, report = train(base, rows, [], replace(FAST, minutes=4.5), progress=one_minute_a_step)
+    assert report.stopped_early and report.steps == 5 == len(report.losses)
+    assert report.train_s == 300 and report.tokens == 5 * 8 * 25 and report.tokens_per_s == pytest.approx(1000 / 300)
+    adapter.check_fits(base)
+    assert answer_loss(base, adapter, rows) < answer_loss(base, None, rows)
+
+
+def test_small_night_repeats_its_rows_until_min_steps(models):
+    base, _ = models("llama")
+    seen = []
+    _, report = train(
+        base, facts(3, 1), [], replace(FAST, epochs=1, min_steps=7), progress=lambda done, total, _: seen.append((done, total))
+    )
+    assert seen == [(i + 1, 7) for i in range(7)] and report.steps == 7 and not report.stopped_early
+
+
+def test_anchor_holds_the_model_to_its_base(models):
+    base, _ = models("llama")
+
+    def drift(weight: float) -> tuple[float, float]:
+        rows = facts(16, 1)
+        adapter, _ = train(base, rows, [], replace(FAST, epochs=10, anchor_weight=weight), anchor=ANCHORS)
+        model = load_base(base, torch.float32)
+        states = [(ids, base_states(model, ids)) for ids in ANCHORS]
+        LoraModel(model, base, FAST.r, FAST.lora_alpha, 0).warm_start(adapter)
+        with torch.no_grad():
+            divergences = [losses(model, [], rows[:1], held)[1].item() for held in states]
+        return float(np.mean(divergences)), answer_loss(base, adapter, rows)
+
+    (free, free_loss), (held, held_loss) = drift(0.0), drift(1.0)
+    assert free > 0.05
+    assert held < 0.7 * free
+    assert held_loss < 0.5 * answer_loss(base, None, facts(16, 1)) and free_loss < held_loss
+
+
+def test_untrained_adapter_changes_nothing_and_is_a_snapshot(models):
+    base, _ = models("qwen2")
+    model = load_base(base, torch.float32)
+    lora = LoraModel(model, base, 4, 8.0, seed=1)
+    adapter = lora.adapter()
+    assert answer_loss(base, adapter, ROWS) == answer_loss(base, None, ROWS)
+    assert all(np.abs(a).max() > 0 and not b.any() for a, b in adapter.pairs.values())
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter += STD
+    assert not any(b.any() for _, b in adapter.pairs.values())
+
+
+def test_loss_that_is_not_a_number_is_an_error(models, monkeypatch):
+    base, _ = models("llama")
+    monkeypatch.setattr(loop, "backward", lambda *_: float("nan"))
+    with pytest.raises(EdgeclError, match="learning_rate"):
+        train(base, facts(3, 1), [], FAST)
+
+
+def test_schedule_warms_up_and_ends_at_a_tenth():
+    rates = [loop.schedule(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[5] == 1.0
+    assert 0.1 <= rates[-1] < 0.11
+    assert all(0 < loop.schedule(step, n) <= 1 for n in (1, 2, 3) for step in range(n))
