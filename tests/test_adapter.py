@@ -70,9 +70,8 @@ def retensor(folder: Path, changed: dict[str, np.ndarray[Any, Any] | None]) -> N
 
 
 def refusal(path: Path, base: GgufFile, expected: str, error: type[ConvertError] = AdapterError) -> None:
-    with pytest.raises(error, match=expected) as caught:
+    with pytest.raises(error, match=f"(?s)^(?!.*\n).*(?:{expected})"):  # in one line
         read_adapter(path, base)
-    assert "\n" not in str(caught.value)
 
 
 # --- both ways --------------------------------------------------------------------------------------------------------

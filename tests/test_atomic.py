@@ -42,6 +42,12 @@ def test_a_reader_keeps_the_file_it_opened_until_the_end_and_after(tmp_path: Pat
         assert (reader.weights("output_norm.weight") == weights).all()
 
 
+def test_the_mode_is_the_one_asked_for(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "unit", mode=0o644) as out:
+        out.write(b"x")
+    assert (tmp_path / "unit").stat().st_mode & 0o777 == 0o644
+
+
 def test_text_and_bytes(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", "naïve\n")
     write_atomic(tmp_path / "b", b"\0")

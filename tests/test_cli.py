@@ -21,7 +21,7 @@ import pytest
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
 from tests import tiny
 
-TRAIN = 'min_steps = 12\nlearning_rate = 0.02\nanchor_weight = 0.0\nr = 4\nlora_alpha = 8.0\nseed = 0\nepochs = 1\n'
+TRAIN = "min_steps = 12\nlearning_rate = 0.02\nanchor_weight = 0.0\nr = 4\nlora_alpha = 8.0\nseed = 0\nepochs = 1\n"
 
 
 def run(home: Path, *args: str | Path, stdin: bytes = b"", limit_bytes: int = 0) -> tuple[int, str, str]:
@@ -139,7 +139,10 @@ def test_models_that_cannot_be_used_are_refused_at_init(tmp_path: Path, base: Pa
         "text.gguf": (b"hello, this is no model at all", "not a GGUF"),
         "short.gguf": (data[: len(data) // 2], "truncated"),
         "flipped.gguf": (bytes(flipped), "flipped.gguf"),
-        "other.gguf": (data.replace(b"\x05\0\0\0\0\0\0\0llama\x07", b"\x05\0\0\0\0\0\0\0llama\x07").replace(b"llama", b"bloom"), "bloom"),
+        "other.gguf": (
+            data.replace(b"\x05\0\0\0\0\0\0\0llama\x07", b"\x05\0\0\0\0\0\0\0llama\x07").replace(b"llama", b"bloom"),
+            "bloom",
+        ),
     }
     for name, (content, word) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -220,9 +223,7 @@ def test_a_misspelt_setting_is_an_error(home: Path) -> None:
     ("field", "value"),
     [("use_rslora", True), ("use_dora", True), ("alpha_pattern", {"q_proj": 4}), ("modules_to_save", ["lm_head"])],
 )
-def test_adapters_that_gguf_cannot_express_are_refused_by_name(
-    tmp_path: Path, base: Path, field: str, value: Any
-) -> None:
+def test_adapters_that_gguf_cannot_express_are_refused_by_name(tmp_path: Path, base: Path, field: str, value: Any) -> None:
     with GgufFile(base) as gguf:
         write_peft_adapter(tmp_path / "lora", tiny.random_adapter(gguf), gguf)
     config = tmp_path / "lora/adapter_config.json"

@@ -156,6 +156,8 @@ def test_same_seed_gives_the_same_adapter_bit_for_bit(models):
     runs = [train(base, facts(12, 1), facts(5, 2), replace(settings, seed=s), anchor=ANCHORS)[0] for s in (3, 3, 4)]
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+    untrained = [train(base, facts(3, 1), [], replace(FAST, minutes=0.0, seed=s))[0] for s in (3, 3, 4)]
+    assert same(untrained[0], untrained[1]) and not same(untrained[0], untrained[2])  # the start is drawn by it too
 
 
 def test_only_the_adapter_gets_gradients(models):

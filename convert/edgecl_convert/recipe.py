@@ -17,7 +17,9 @@ from .gguf_file import GgufFile, TensorInfo
 KEEP = "keep"
 MIXTURES = ("Q4_K_M",)
 # llama.cpp: a type whose block does not divide the row -> the type to take instead
-_FALLBACK = {QType.Q4_K: QType.Q5_0, QType.Q5_K: QType.Q5_1, QType.Q6_K: QType.Q8_0}
+_FALLBACK = {
+    QType.Q2_K: QType.Q4_0, QType.Q3_K: QType.Q4_0, QType.Q4_K: QType.Q5_0, QType.Q5_K: QType.Q5_1, QType.Q6_K: QType.Q8_0,
+}  # fmt: skip
 _WRITABLE = (
     QType.F32, QType.F16, QType.BF16, QType.Q8_0, QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1,
     QType.Q2_K, QType.Q3_K, QType.Q4_K, QType.Q5_K, QType.Q6_K,
