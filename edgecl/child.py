@@ -52,8 +52,6 @@ def run_stage(
     if convert is not None and convert.__file__:
         roots.append(str(Path(convert.__file__).resolve().parent.parent))
     environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    if limits.nice:
-        environment["OMP_WAIT_POLICY"] = "passive"  # who gives way must not spin while it waits: a chat wants the core
     if limits.threads:
         environment["OMP_NUM_THREADS"] = str(limits.threads)
     with tempfile.TemporaryFile() as log:

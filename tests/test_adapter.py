@@ -52,10 +52,7 @@ def folder(base: GgufFile, tmp_path: Path) -> Path:
 
 def assert_same(adapter: Adapter, other: Adapter) -> None:
     assert replace(adapter, pairs={}) == replace(other, pairs={})
-    assert adapter.pairs.keys() == other.pairs.keys()
-    for name, (a, b) in adapter.pairs.items():
-        np.testing.assert_array_equal(a, other.pairs[name][0])
-        np.testing.assert_array_equal(b, other.pairs[name][1])
+    np.testing.assert_equal(adapter.pairs, other.pairs)
 
 
 def configure(folder: Path, **changed: Any) -> None:
@@ -70,8 +67,9 @@ def retensor(folder: Path, changed: dict[str, np.ndarray[Any, Any] | None]) -> N
 
 
 def refusal(path: Path, base: GgufFile, expected: str, error: type[ConvertError] = AdapterError) -> None:
-    with pytest.raises(error, match=f"(?s)^(?!.*\n).*(?:{expected})"):  # in one line
+    with pytest.raises(error, match=expected) as caught:
         read_adapter(path, base)
+    assert "\n" not in str(caught.value)
 
 
 # --- both ways --------------------------------------------------------------------------------------------------------

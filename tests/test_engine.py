@@ -208,12 +208,12 @@ def damaged(path, kind: str, good):
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "truncated", "header only", "huge count"])
-def test_malformed_files_are_refused(paths, tmp_path, kind, engine):
-    with pytest.raises(EngineError, match=r"model\.gguf"):
+def test_malformed_files_are_refused_before_llama_cpp_sees_them(paths, tmp_path, kind, engine):
+    with pytest.raises(EngineError, match=r"model\.gguf: (is|claims) "):
         open_engine(damaged(tmp_path / "model.gguf", kind, paths["llama"]))
-    with pytest.raises(EngineError, match=r"model\.gguf"):
+    with pytest.raises(EngineError, match=r"model\.gguf: (is|claims) "):
         VocabFile(tmp_path / "model.gguf")
-    with pytest.raises(EngineError, match=r"bad\.gguf"):
+    with pytest.raises(EngineError, match=r"bad\.gguf: (is|claims) "):
         engine.set_adapter(damaged(tmp_path / "bad.gguf", kind, paths["adapter"]))
 
 
