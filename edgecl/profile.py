@@ -69,7 +69,7 @@ class TrainSettings:
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
         learning_rate: peak; linear warm-up over 5% of the steps, then cosine to a tenth.
-        micro_tokens: a step is split into parts of at most this many padded tokens, which bounds its memory.
+        micro_tokens: a step is split into parts of at most this many tokens, which bounds its memory.
         minutes: training stops at the first step boundary after this long, with a usable adapter.
     """
 
@@ -83,7 +83,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     anchor_weight: float = 1.0
     max_grad_norm: float = 1.0
-    micro_tokens: int = 1024
+    micro_tokens: int = 768
     minutes: float = 60.0
     seed: int = 0
     n_threads: int = 0

@@ -75,7 +75,7 @@ def trained(path: Path, adapter: Adapter | None = None) -> Logits:
 
 @torch.no_grad()
 def head(model: PreTrainedModel) -> Logits:
-    return model.lm_head(hidden_states(model, [], [IDS], 0)[0]).double()
+    return model.lm_head(hidden_states(model, [], [IDS], 1)[0]).double()
 
 
 def kld(wanted: Logits, got: Logits) -> float:

@@ -109,7 +109,7 @@ def test_gradients_equal_plain_autograd(models, architecture):
     wanted_loss, wanted = reference_gradients(written, base, adapter, rows, anchor, 0.5)
 
     model = load_base(base, torch.float32)
-    held = (anchor, base_states(model, anchor))
+    held = (anchor, base_states(model, [anchor])[0])
     lora = LoraModel(model, base, 4, adapter.lora_alpha, 0)
     lora.warm_start(adapter)
     settings = TrainSettings(micro_tokens=64, anchor_weight=0.5)
@@ -134,7 +134,7 @@ def test_padded_batch_behind_a_prefix_equals_row_by_row(models, architecture):
     with torch.no_grad():
         batch, _ = losses(model, PREFIX, ROWS, None)
         rows = [losses(model, [], [row], None)[0].item() for row in ROWS]
-        held = (ANCHORS[0], base_states(model, ANCHORS[1][:32]))
+        held = (ANCHORS[0], base_states(model, [ANCHORS[1][:32]])[0])
         _, beside = losses(model, PREFIX, ROWS, held)
         _, alone = losses(model, [], [ROWS[0]], held)
     assert batch.item() == pytest.approx(sum(rows), rel=1e-5)
@@ -236,7 +236,7 @@ def test_anchor_holds_the_model_to_its_base(models):
         rows = facts(16, 1)
         adapter, _ = train(base, rows, [], replace(FAST, epochs=10, anchor_weight=weight), anchor=ANCHORS)
         model = load_base(base, torch.float32)
-        states = [(ids, base_states(model, ids)) for ids in ANCHORS]
+        states = list(zip(ANCHORS, base_states(model, ANCHORS), strict=True))
         LoraModel(model, base, FAST.r, FAST.lora_alpha, 0).warm_start(adapter)
         with torch.no_grad():
             divergences = [losses(model, [], rows[:1], held)[1].item() for held in states]

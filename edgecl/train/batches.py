@@ -1,4 +1,4 @@
-"""Batches: rows of like length together, padded on the right, replay mixed into every batch."""
+"""Batches: shuffled rows, replay mixed into every batch, split into parts that bound the memory of a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,6 @@ class TrainRow:
     def n_predicted(self) -> int:
         """Number of predicted tokens."""
         return sum(self.supervised)
-
-
-def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return (B, T) int64 ids, padded with 0 on the right."""
-    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids
 
 
 def shared_prefix(rows: Sequence[TrainRow]) -> list[int]:
@@ -45,16 +36,10 @@ def epoch(
 ) -> list[list[TrainRow]]:
     """Return one epoch over `new`, in batches of `batch_rows` with `replay_rows` more from the buffer in each.
 
-    Rows are shuffled, sorted by length within stretches of sixteen batches, and the batches shuffled again. The buffer is
-    walked in a shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
+    The buffer is walked in a shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
     """
     order = [new[i] for i in rng.permutation(len(new))]
-    stretch = 16 * batch_rows
-    batches = []
-    for start in range(0, len(order), stretch):
-        part = sorted(order[start : start + stretch], key=lambda row: len(row.ids))
-        batches += [part[i : i + batch_rows] for i in range(0, len(part), batch_rows)]
-    batches = [batches[i] for i in rng.permutation(len(batches))]
+    batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
     share = min(replay_rows, len(replay))
     walk: list[TrainRow] = []
     while share and len(walk) < share * len(batches):
@@ -63,13 +48,15 @@ def epoch(
 
 
 def micro_batches(rows: Sequence[TrainRow], n_prefix: int, max_tokens: int) -> list[list[TrainRow]]:
-    """Split a batch so that no part holds more than `max_tokens` padded tokens behind the prefix (a lone row may)."""
+    """Split a batch so that no part holds more than `max_tokens` tokens behind the prefix (a lone row may)."""
     parts: list[list[TrainRow]] = []
-    width = 0
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        width = len(row.ids) - n_prefix  # the longest so far
-        if parts and (len(parts[-1]) + 1) * width <= max_tokens:
+    held = 0
+    for row in rows:
+        n_tokens = len(row.ids) - n_prefix
+        if parts and held + n_tokens <= max_tokens:
             parts[-1].append(row)
+            held += n_tokens
         else:
             parts.append([row])
+            held = n_tokens
     return parts

@@ -1,70 +1,80 @@
-"""Forward passes of training: a shared prefix once, the rows behind it, the head only where something is predicted."""
+"""Forward passes of training: a whole batch packed into one sequence, the head only where something is predicted.
+
+A night's rows are a few dozen tokens each and begin alike (the template's system turn). The shared prefix stands once in
+front, the rows follow one after another without padding, and a mask lets each row look at the prefix and at itself. The
+products of a layer then have as many rows as there are real tokens, which is what a CPU needs; at these lengths the
+masked scores cost next to nothing. Gradients are exact: the prefix gets the sum of what its rows send back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .attention import causal_bias
-from .batches import TrainRow, pad
+from .batches import TrainRow
 
 Anchor = tuple[list[int], torch.Tensor]  # token ids (T), the base's last hidden states (T, D)
 
 
-def hidden_states(model: PreTrainedModel, prefix: Sequence[int], rows: Sequence[Sequence[int]], n_bare: int) -> torch.Tensor:
-    """Return the last hidden states (B, T, D) of rows that follow a shared prefix.
+def hidden_states(
+    model: PreTrainedModel, prefix: Sequence[int], rows: Sequence[Sequence[int]], n_bare: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Return the last hidden states (S, D) of prefix + rows packed into one sequence, and where each row starts.
 
     Args:
-        rows: token ids without the prefix, padded on the right here; causality keeps padding out of sight.
-        n_bare: the last rows do not follow the prefix. They sit at the same positions, which rotary embeddings,
-            being relative, do not notice.
+        rows: token ids without the prefix.
+        n_bare: the last rows do not follow the prefix and do not see it.
     """
-    ids = pad(rows)
-    cache = DynamicCache()
-    if prefix:
-        _run(model, torch.tensor([list(prefix)]), 0, causal_bias_of(model, 0, len(prefix), 1, 0), cache)
-        for layer in cast("list[Any]", cache.layers):
-            layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
-            layer.values = layer.values.expand(len(rows), -1, -1, -1)
-    bias = causal_bias_of(model, len(prefix), ids.shape[1], len(rows), n_bare)
-    return _run(model, ids, len(prefix), bias, cache if prefix else None)
-
-
-def causal_bias_of(
-    model: PreTrainedModel, n_prefix: int, length: int, n_rows: int, n_bare: int
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Return the model's masks: one, or one for each kind of layer where some look back only so far."""
-    config, dtype = model.config, model.dtype
-    full = causal_bias(n_prefix, length, n_rows, n_bare, dtype)
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-        return full
-    sliding = causal_bias(n_prefix, length, n_rows, n_bare, dtype, config.sliding_window)
-    return {"full_attention": full, "sliding_attention": sliding}
-
-
-def _run(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    start: int,
-    mask: torch.Tensor | dict[str, torch.Tensor],
-    cache: DynamicCache | None,
-) -> torch.Tensor:
-    positions = torch.arange(start, start + ids.shape[1])[None]
+    ids, positions, owners, starts = list(prefix), list(range(len(prefix))), [0] * len(prefix), []
+    for i, row in enumerate(rows):
+        bare = i >= len(rows) - n_bare
+        first = 0 if bare else len(prefix)
+        starts.append(len(ids))
+        ids += row
+        positions += range(first, first + len(row))
+        owners += [-(i + 1) if bare else i + 1] * len(row)
     out = model.model(
-        input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        attention_mask=_masks(model, torch.tensor(owners), torch.tensor(positions)),
+        use_cache=False,
     )
-    states: torch.Tensor = out.last_hidden_state
-    return states
+    states: torch.Tensor = out.last_hidden_state[0]
+    return states, starts
 
 
-def base_states(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Return the last hidden states (T, D) of a text: its logits are one product away, at a fraction of their size."""
-    with torch.no_grad():
-        return hidden_states(model, [], [ids], 0)[0]
+def _masks(model: PreTrainedModel, owners: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Return scores (1, 1, S, S) to add, or one such mask for each kind of layer where some look back only so far.
+
+    Args:
+        owners: (S,), 0 for the prefix, i for row i, -i for a row that does not see the prefix.
+    """
+    order = torch.arange(len(owners))
+    own = owners[:, None] == owners[None, :]
+    seen = (order[:, None] >= order[None, :]) & (own | ((owners[None, :] == 0) & (owners[:, None] > 0)))
+    full = _bias(seen, model.dtype)
+    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
+        return full
+    near = positions[:, None] - positions[None, :] < model.config.sliding_window
+    return {"full_attention": full, "sliding_attention": _bias(seen & near, model.dtype)}
+
+
+def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))[None, None]
+
+
+def base_states(model: PreTrainedModel, texts: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Return the last hidden states (T, D) of each text: its logits are one product away, at a fraction of their size."""
+    out = []
+    for first in range(0, len(texts), 16):
+        part = texts[first : first + 16]
+        with torch.no_grad():
+            states, starts = hidden_states(model, [], part, len(part))
+        out += [states[start : start + len(ids)].clone() for start, ids in zip(starts, part, strict=True)]
+    return out
 
 
 def losses(
@@ -79,19 +89,19 @@ def losses(
     bodies: list[Sequence[int]] = [row.ids[len(prefix) :] for row in rows]
     if anchor is not None:
         bodies.append(anchor[0])
-    hidden = hidden_states(model, prefix, bodies, int(anchor is not None))  # (B, T, D)
+    hidden, starts = hidden_states(model, prefix, bodies, int(anchor is not None))  # (S, D)
     wanted = [
-        (i, t - 1 - len(prefix), row.ids[t])
-        for i, row in enumerate(rows)
+        (start + t - 1 - len(prefix), row.ids[t])
+        for start, row in zip(starts, rows, strict=False)  # the anchor's start is left over
         for t in range(len(prefix) + 1, len(row.ids))
         if row.supervised[t]
     ]
-    where = torch.tensor(wanted)  # (S, 3): row, position, token
-    logits = model.lm_head(hidden[where[:, 0], where[:, 1]])  # (S, V)
-    loss = F.cross_entropy(logits.float(), where[:, 2], reduction="sum")
+    where = torch.tensor(wanted)  # (N, 2): position, token
+    logits = model.lm_head(hidden[where[:, 0]])  # (N, V)
+    loss = F.cross_entropy(logits.float(), where[:, 1], reduction="sum")
     if anchor is None:
         return loss, torch.zeros(())
     with torch.no_grad():
         target = F.log_softmax(model.lm_head(anchor[1]).float(), -1)  # (T, V)
-    got = F.log_softmax(model.lm_head(hidden[-1, : len(anchor[0])]).float(), -1)  # (T, V)
+    got = F.log_softmax(model.lm_head(hidden[starts[-1] :]).float(), -1)  # (T, V)
     return loss, F.kl_div(got, target, reduction="sum", log_target=True) / len(anchor[0])

@@ -72,14 +72,15 @@ def train(
     torch.manual_seed(settings.seed)
     dtype = torch.bfloat16 if bf16_is_fast() else torch.float32
     model = load_base(gguf, dtype)
-    anchors = [(ids, base_states(model, ids)) for ids in anchor] if settings.anchor_weight else []
+    steps_an_epoch = math.ceil(len(new) / settings.batch_rows)
+    n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
+    n_steps = n_epochs * steps_an_epoch
+    texts = list(anchor)[:n_steps] if settings.anchor_weight else []
+    anchors = list(zip(texts, base_states(model, texts), strict=True))
     lora = LoraModel(model, gguf, settings.r, settings.lora_alpha, settings.seed)
     if start is not None:
         lora.warm_start(start)
     prefix = shared_prefix([*new, *replay])
-    steps_an_epoch = math.ceil(len(new) / settings.batch_rows)
-    n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
-    n_steps = n_epochs * steps_an_epoch
     optimizer = torch.optim.AdamW(lora.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     rng = np.random.default_rng(settings.seed)
     report = TrainReport(dtype=str(dtype).removeprefix("torch."), load_s=time.perf_counter() - began)
