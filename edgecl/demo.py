@@ -23,7 +23,7 @@ from .learner import PACKAGED, find_model, translated
 from .profile import Profile, TrainSettings, resolve_quant, resource_folder
 from .stream import Cell, Stream, run_stream
 
-N_TRAIN, N_TEST = 120, 48
+N_TRAIN, N_TEST = 128, 32
 QUANTS = ("int8", "int4")
 
 
@@ -55,7 +55,7 @@ def run_demo(say: Callable[[str], None] | None, progress: Progress | None) -> di
         demo_data().write_stream(data, N_TRAIN, N_TEST, seed=0)
         stream = Stream.read(data)
         tell(f"three nights on SmolLM2-135M: {', '.join(stream.tasks)}; {N_TRAIN} examples each, 10% of them rehearsed")
-        train = TrainSettings(epochs=2, min_steps=24, replay_rows=4)
+        train = TrainSettings(epochs=2, min_steps=24)
         cells = run_stream(stream, [Cell(replay=0.1), Cell(replay=0.0)], compare=QUANTS, train=train, progress=progress)
         with_replay = next(cells)
         tell("the same without replay, as a control, going on from the same first night")
@@ -72,7 +72,7 @@ def _latency(quant: str, folder: Path, progress: Progress | None) -> dict[str, A
     path, profile = folder / f"{quant}.gguf", Profile()
     with translated(), GgufFile(find_model(PACKAGED)) as gguf:
         merge(gguf, None, path, resolve_quant(quant, gguf))
-    request = {"model": str(path), "adapter": None, "engine": {"n_ctx": profile.n_ctx}}
+    request = {"model": str(path), "adapter": None, "repeats": 1, "engine": {"n_ctx": profile.n_ctx}}
     result, peak = run_stage("bench", request, Limits(profile.ram_bytes, 60 * profile.minutes), progress)
     return result | {"peak_rss_bytes": peak, "model_bytes": path.stat().st_size}
 

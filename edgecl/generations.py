@@ -140,6 +140,11 @@ class Generations:
             return Generation(manifest, folder, digest, Path(base.model), adapter)
         return Generation(manifest, folder, digest, folder / manifest.model, None)
 
+    def hash_of(self, number: int) -> str:
+        """Return the hash of a generation's manifest, sound or not; empty when it cannot be read."""
+        path = self.folder / f"{number:04d}" / "manifest.json"
+        return sha256_file(path) if path.is_file() else ""
+
     def current(self) -> Generation:
         """Return the generation that serves.
 

@@ -210,6 +210,7 @@ class Learner:
             self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
         elif self._serving != serving.hash:
             self.generations.check_base(full=False)
+            self._serving = ""  # a switch that fails leaves the engine closed: the next turn must switch again
             self._engine.switch(serving.model, serving.adapter)
         self._serving = serving.hash
         return self._engine
@@ -224,7 +225,7 @@ class Learner:
         with self._lock():
             current = self.generations.current()
             if number is None:
-                parents = [n for n in self.generations.numbers() if self.generations.load(n).hash == current.manifest.parent]
+                parents = [n for n in self.generations.numbers() if self.generations.hash_of(n) == current.manifest.parent]
                 if not parents:
                     raise GenerationError("the base itself serves; there is nothing to roll back to")
                 number = parents[0]
@@ -292,7 +293,7 @@ class Learner:
         """
         generation = self.generations.current() if number is None else self.generations.load(number)
         adapter = str(generation.adapter) if generation.adapter else None
-        request = {"model": str(generation.model), "adapter": adapter, "engine": self._engine_options()}
+        request = {"model": str(generation.model), "adapter": adapter, "repeats": 3, "engine": self._engine_options()}
         result, peak = run_stage("bench", request, self.limits(), progress)
         return result | {"peak_rss_bytes": peak, "model_bytes": generation.model.stat().st_size}
 
@@ -366,7 +367,7 @@ class Learner:
         """
         minutes = self.profile.minutes if minutes is None else minutes
         ram_bytes = self.profile.ram_bytes if ram_bytes is None else ram_bytes
-        if minutes <= 0 or ram_bytes <= 0:
+        if not (minutes > 0 and ram_bytes > 0):  # so written that NaN is refused
             raise SettingError(f"minutes and ram must be above 0, got {minutes} and {ram_bytes}")
         return Limits(ram_bytes, 60 * minutes, 0, self.profile.threads)
 

@@ -123,7 +123,7 @@ def bench_stage(request: Request, report: Report) -> Request:
     from .engine import Engine, latency
 
     with Engine(request["model"], request["adapter"], **request["engine"]) as engine:
-        return dict(latency(engine))
+        return dict(latency(engine, request["repeats"]))
 
 
 STAGES = {"train": train_stage, "merge": merge_stage, "measure": measure_stage, "bench": bench_stage}

@@ -113,7 +113,7 @@ def run_stream(
     without replay therefore goes on from the first night of the cell before it, where quant and seed are the same.
 
     Args:
-        compare: further quants to merge and measure for `survival` after each night.
+        compare: further quants to merge and measure for `survival` after each night, but not in a cell that goes on.
 
     Raises:
         EdgeclError: a night failed.
@@ -176,7 +176,8 @@ class _Run:
                 if i < len(nights):
                     continue
                 learner.observe(self.stream.train[task])
-                report = learner.adapt(gate=self.gate, compare=self.compare, progress=self.progress)
+                compare = () if goes_on else self.compare
+                report = learner.adapt(gate=self.gate, compare=compare, progress=self.progress)
                 known = tasks[: i + 2]
                 scores = meter.scores(learner.generations.current(), self._tests(known))
                 accuracy[i, : len(known)], loss[i, : len(known)] = self._by_task(scores, known)

@@ -113,7 +113,7 @@ def _finish_wrong(engine: Engine, group: list[Row], best: list[list[int]], extra
     return answers
 
 
-def prose_nats(engine: Engine, text: str, window: int = 256, n_windows: int = 8) -> list[float]:
+def prose_nats(engine: Engine, text: str, window: int = 256, n_windows: int = 6) -> list[float]:
     """Return the mean nats per token of the first windows of `text`; a window's first token is not counted."""
     tokens = engine.vocab.encode(text)[: window * n_windows]
     out = []
