@@ -40,34 +40,30 @@ class Meter:
         self.eval_s, self.peak_rss_bytes = 0.0, 0
         self.texts: dict[tuple[str, str], str] = {}
 
-    def measure(self, generation: Generation, rows: Sequence[Example]) -> tuple[dict[str, Scored], float]:
-        """Return the score of each row by its hash, and the nats per token of the shipped prose.
+    def scores(self, generation: Generation, rows: Sequence[Example], prose: bool = False) -> dict[str, Scored]:
+        """Return the score of each row by its hash; with `prose`, that of the shipped prose under PROSE.
 
         Raises:
             EdgeclError: the model cannot be loaded, or the child failed.
         """
         by_hash = {row.hash: row for row in rows}
-        known = self._store.scores(generation.hash, [*by_hash, PROSE])
-        missing = [row for key, row in by_hash.items() if key not in known]
-        if missing or PROSE not in known:
-            fresh = self._run(generation, missing, PROSE not in known)
-            self._store.add_scores(generation.hash, fresh)
-            known |= {score.hash: score for score in fresh}
-        return known, known[PROSE].loss_nats
-
-    def scores(self, generation: Generation, rows: Sequence[Example]) -> dict[str, Scored]:
-        """Return the score of each row by its hash, without the prose.
-
-        Raises:
-            EdgeclError: as `measure`.
-        """
-        by_hash = {row.hash: row for row in rows}
-        known = self._store.scores(generation.hash, list(by_hash))
-        if missing := [row for key, row in by_hash.items() if key not in known]:
-            fresh = self._run(generation, missing, prose=False)
+        wanted = [*by_hash, PROSE] if prose else list(by_hash)
+        known = self._store.scores(generation.hash, wanted)
+        if len(known) < len(wanted):
+            missing = [row for key, row in by_hash.items() if key not in known]
+            fresh = self._run(generation, missing, prose and PROSE not in known)
             self._store.add_scores(generation.hash, fresh)
             known |= {score.hash: score for score in fresh}
         return known
+
+    def measure(self, generation: Generation, rows: Sequence[Example]) -> tuple[dict[str, Scored], float]:
+        """Return the score of each row by its hash, and the nats per token of the shipped prose.
+
+        Raises:
+            EdgeclError: as `scores`.
+        """
+        known = self.scores(generation, rows, prose=True)
+        return known, known[PROSE].loss_nats
 
     def _run(self, generation: Generation, rows: list[Example], prose: bool) -> list[Scored]:
         rows = sorted(rows, key=lambda row: row.messages)  # rows that begin alike share more of their prefix
