@@ -105,6 +105,7 @@ class Night:
         report = self.report
         report.n_new, report.n_replay = len(new), len(replay)
         draft = self.generations.draft()
+        self.store.drop_draft_scores()
         try:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]

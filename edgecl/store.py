@@ -272,6 +272,11 @@ class Store:
         """Let a published generation have the scores that its draft got; those of other drafts are dropped."""
         with self._transaction():
             self._db.execute("update or replace scores set generation = ? where generation = ?", [generation, draft])
+        self.drop_draft_scores()
+
+    def drop_draft_scores(self) -> None:
+        """Forget the scores of drafts: the next night's draft may have the same name and is another model."""
+        with self._transaction():
             self._db.execute("delete from scores where generation like 'draft %'")
 
     # --- helpers ------------------------------------------------------------------------------------------------

@@ -297,3 +297,11 @@ def test_nights_and_scores_are_read_back_as_they_were(path: Path) -> None:
         one, two = store.nights()
     assert (one["generation"], one["accepted"], one["report"]) == (1, True, {"losses": {"before": 1.5}})
     assert (two["generation"], two["accepted"], two["reason"]) == (None, False, "math: no gain")
+
+
+def test_scores_of_a_refused_draft_are_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    with Store(tmp_path / "replay.db") as store:
+        store.add_scores("draft .draft-1 model.gguf", [Scored("h", "t", True, 0.5, 3)])
+        store.add_scores("published", [Scored("h", "t", True, 0.5, 3)])
+        store.drop_draft_scores()
+        assert store.scores("draft .draft-1 model.gguf", ["h"]) == {} and "h" in store.scores("published", ["h"])
