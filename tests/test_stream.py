@@ -1,0 +1,81 @@
+"""A stream on a tiny model: its matrix, the comparison with INT8, cells that are not run again, data that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from edgecl.errors import DataError
+from edgecl.profile import TrainSettings
+from edgecl.stream import Cell, Stream, run_stream
+from tests import tiny
+
+TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=10, learning_rate=0.02, anchor_weight=0.0)
+WORDS = {"left": ("anne", "the inn", "a hen"), "right": ("then", "an ant", "in tea")}
+
+
+def write_data(folder: Path) -> Stream:
+    """Write two tasks of three rows each, tested on the rows they are trained on."""
+    for task, words in WORDS.items():
+        lines = "".join(json.dumps({"prompt": word, "completion": task}) + "\n" for word in words)
+        for split in ("train", "test"):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            (folder / split / f"{task}.jsonl").write_text(lines)
+    return Stream.read(folder)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path, Path, Stream]:
+    folder = tmp_path_factory.mktemp("stream")
+    base = tiny.build(folder / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    stream = write_data(folder)
+    cells = [Cell(quant="int4", replay=0.5), Cell(quant="int4", replay=0.0)]
+    return list(run_stream(stream, cells, model=str(base), home=folder / "cells", train=TRAIN)), folder / "cells", base, stream
+
+
+def test_an_int4_cell_reports_its_distance_to_int8(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:
+    for result in results[0]:
+        against = result["against_int8"]
+        assert against["n_rows"] == 6
+        assert against["low"] <= against["answer_loss_nats"] <= against["high"]
+        assert against["low"] < against["high"], "an interval over rows that all differ has a width"
+        assert -1 <= against["accuracy"] <= 1
+
+
+def test_the_matrix_has_what_was_measured_and_nothing_else(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:
+    for result in results[0]:
+        matrix = result["matrix"]
+        assert all(value is not None for row in matrix for value in row)  # the second task is measured before it is learned
+        assert result["acc"] == pytest.approx(sum(matrix[-1]) / 2, abs=1e-4)
+        assert result["bwt"] == pytest.approx(matrix[1][0] - matrix[0][0], abs=1e-4)
+        losses = result["answer_loss_nats"]
+        assert losses[1][1] < losses[0][1], "the second night did not learn its task"
+        assert [night["task"] for night in result["nights"]] == ["left", "right"]
+    assert results[0][0]["matrix"][0] == results[0][1]["matrix"][0], "both cells have their first night in common"
+
+
+def test_a_finished_cell_is_read_back(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:
+    first, home, base, stream = results
+    path = home / "int4-replay0.5-seed0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"acc": 0.125}))
+    again = list(run_stream(stream, [Cell(quant="int4", replay=0.5)], model=str(base), home=home, train=TRAIN))
+    assert again[0]["acc"] == 0.125
+    assert first[0]["tasks"] == again[0]["tasks"]
+    assert not [entry for entry in home.iterdir() if entry.is_dir()], "the cells' homes are gone"
+
+
+@pytest.mark.parametrize(
+    ("order", "wanted"),
+    [(("left", "left"), "twice"), (("nowhere",), "cannot be read"), (("empty",), "is empty"), (("broken",), "line 1")],
+)
+def test_data_that_cannot_be_a_stream_is_refused_in_one_line(tmp_path: Path, order: tuple[str, ...], wanted: str) -> None:
+    write_data(tmp_path)
+    (tmp_path / "train" / "empty.jsonl").write_text("")
+    (tmp_path / "train" / "broken.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match=wanted) as caught:
+        Stream.read(tmp_path, order)
+    assert "\n" not in str(caught.value)
