@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgecl_convert import GgufFile, merge
+from edgecl_convert import GgufFile, merge, resolve_quant
 
 from .child import Limits, Progress, run_stage
 from .errors import SettingError
 from .learner import PACKAGED, find_model, translated
-from .profile import Profile, TrainSettings, resolve_quant, resource_folder
+from .profile import Profile, TrainSettings, resource_folder
 from .stream import Cell, Stream, run_stream
 
 N_TRAIN, N_TEST = 128, 32

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecl_convert import ConvertError, GgufFile, write_atomic
+from edgecl_convert import ConvertError, GgufFile, resolve_quant, write_atomic
 from edgecl_convert.names import check_architecture
 
 from .child import Limits, Progress, run_stage
@@ -26,7 +26,7 @@ from .errors import EdgeclError, GenerationError, NothingToLearn, NotNow, Settin
 from .generations import Generation, Generations, Manifest, now, sha256_file
 from .measure import Meter
 from .night import AdaptReport, Night
-from .profile import Settings, load_profile, resolve_quant
+from .profile import Settings, load_profile
 from .store import Added, Store
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgecl_convert import GgufFile, write_atomic
+from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Limits, Progress, run_stage
 from .data import Example
@@ -23,7 +23,7 @@ from .gate import TaskResult, judge
 from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import Meter, mean_loss, record_of
 from .metrics import survival
-from .profile import Profile, Settings, resolve_quant
+from .profile import Profile, Settings
 from .replay import choose, quota
 from .store import Store, Stored
 

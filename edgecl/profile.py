@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgecl_convert import GgufFile
-from edgecl_convert.recipe import Recipe
-
 from .errors import SettingError
 from .gate import GateSettings
 
@@ -202,24 +199,6 @@ def resource_folder(name: str) -> Path:
     here = Path(__file__).resolve().parent
     installed = here / name
     return installed if installed.is_dir() else here.parent / name
-
-
-def resolve_quant(quant: str, base: GgufFile) -> str:
-    """Return the conversion stage's name of a quant: int8 is Q8_0; int4 the base's own 4-bit types where it has them.
-
-    Where it has none, int4 is Q4_K_M if rows divide by 256, else Q4_1.
-
-    Raises:
-        UnsupportedError: no such quant.
-    """
-    if quant == "int8":
-        return "Q8_0"
-    if quant != "int4":
-        return Recipe.named(quant).quant
-    weights = [info for info in base.tensors.values() if info.name.startswith("blk.") and len(info.shape) > 1]
-    if all(info.qtype.name in ("Q4_0", "Q4_1", "Q4_K") for info in weights):
-        return "keep"
-    return "Q4_K_M" if all(info.shape[-1] % 256 == 0 for info in weights) else "Q4_1"
 
 
 def load_profile(name: str) -> Profile:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_convert import GgufFile, write_atomic
+from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Progress, run_stage
 from .data import Example, parse_lines
@@ -27,7 +27,7 @@ from .generations import Generation, unpublished
 from .learner import Learner, find_model, translated
 from .measure import Meter
 from .metrics import FloatArray, average_accuracy, backward_transfer, forgetting, forward_transfer, paired_interval
-from .profile import ReplaySettings, TrainSettings, resolve_quant
+from .profile import ReplaySettings, TrainSettings
 from .store import Scored
 
 

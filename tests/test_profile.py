@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +18,8 @@ from edgecl.profile import (
     TrainSettings,
     from_table,
     load_profile,
-    resolve_quant,
     resource_folder,
 )
-from edgecl_convert import GgufFile, UnsupportedError
-from edgecl_convert.ggml import QType, row_bytes
-from edgecl_convert.gguf_file import PlannedTensor, encode_field, write_gguf
 
 SHIPPED = sorted((resource_folder("firmware_configs") / "profiles").glob("*.toml"))
 
@@ -170,42 +165,3 @@ def test_whole_numbers_may_stand_for_fractions_and_true_for_neither() -> None:
     assert from_table(TrainSettings, {"lora_alpha": 32}, "x").lora_alpha == 32
     with pytest.raises(SettingError, match="seed must be a int, got True"):
         from_table(TrainSettings, {"seed": True}, "x")
-
-
-# --- quants -----------------------------------------------------------------------------------------------------------
-
-
-def gguf(path: Path, **tensors: tuple[QType, int]) -> GgufFile:
-    """A file with one matrix of each name (dots written as `__`), of a type and a row length."""
-    plan = [PlannedTensor(name.replace("__", "."), (2, width), qtype) for name, (qtype, width) in tensors.items()]
-    plan.append(PlannedTensor("blk.0.attn_norm.weight", (5,), QType.F32))
-    data = [np.zeros((int(np.prod(t.shape[:-1])), row_bytes(t.qtype, t.shape[-1])), np.uint8) for t in plan]
-    write_gguf(path, [encode_field("general.architecture", "llama")], plan, iter(data))
-    return GgufFile(path)
-
-
-Q, DOWN, EMBEDDING = "blk__0__attn_q__weight", "blk__0__ffn_down__weight", "token_embd__weight"
-
-
-@pytest.mark.parametrize(
-    ("tensors", "int4"),
-    [
-        ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q4_1, 64), DOWN: (QType.Q4_0, 96)}, "keep"),
-        ({EMBEDDING: (QType.F16, 256), Q: (QType.Q4_K, 256)}, "keep"),
-        ({EMBEDDING: (QType.F16, 64), Q: (QType.F16, 256), DOWN: (QType.Q4_0, 512)}, "Q4_K_M"),
-        ({EMBEDDING: (QType.F16, 256), Q: (QType.F16, 256), DOWN: (QType.F16, 288)}, "Q4_1"),
-        ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q8_0, 64)}, "Q4_1"),
-        ({Q: (QType.Q4_0, 64), DOWN: (QType.Q6_K, 256)}, "Q4_1"),
-    ],
-)
-def test_int4_is_the_bases_own_types_else_what_its_rows_allow(tmp_path: Path, tensors: dict[str, Any], int4: str) -> None:
-    with gguf(tmp_path / "m.gguf", **tensors) as base:
-        assert resolve_quant("int4", base) == int4
-        assert resolve_quant("int8", base) == "Q8_0"
-
-
-def test_other_quants_are_the_conversion_stages_own_names(tmp_path: Path) -> None:
-    with gguf(tmp_path / "m.gguf", **{Q: (QType.F16, 64)}) as base:
-        assert [resolve_quant(name, base) for name in ("keep", "q4_0", "F16", "q4_k_m")] == ["keep", "Q4_0", "F16", "Q4_K_M"]
-        with pytest.raises(UnsupportedError, match=r"quant must be one of keep, .*; got int3"):
-            resolve_quant("int3", base)

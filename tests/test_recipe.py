@@ -1,15 +1,17 @@
 """Recipes: names, what stays as it is, and the fallback of rows that a block does not divide (types: see test_merge)."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from gguf import LlamaFileType
 from gguf_helpers import write_model
 
 from edgecl_convert import GgufFile, UnsupportedError
-from edgecl_convert.ggml import QType, block_size
-from edgecl_convert.gguf_file import TensorInfo
-from edgecl_convert.recipe import Recipe, fallback
+from edgecl_convert.ggml import QType, block_size, row_bytes
+from edgecl_convert.gguf_file import PlannedTensor, TensorInfo, encode_field, write_gguf
+from edgecl_convert.recipe import Recipe, fallback, resolve_quant
 
 
 def info(name: str, *shape: int, qtype: QType = QType.F16) -> TensorInfo:
@@ -59,3 +61,42 @@ def test_the_type_taken_instead_divides_the_row(n_per_row: int) -> None:
 def test_the_file_type_is_the_name_llama_cpp_shows(quant: str, expected: str | None, tmp_path: Path) -> None:
     with GgufFile(write_model(tmp_path / "m.gguf", n_layer=1)) as base:
         assert Recipe(quant).file_type(base) == (None if expected is None else int(LlamaFileType[expected]))
+
+
+# --- int8, int4 -------------------------------------------------------------------------------------------------------
+
+
+def one_of_each(path: Path, **tensors: tuple[QType, int]) -> GgufFile:
+    """A file with one matrix of each name (dots written as `__`), of a type and a row length."""
+    plan = [PlannedTensor(name.replace("__", "."), (2, width), qtype) for name, (qtype, width) in tensors.items()]
+    plan.append(PlannedTensor("blk.0.attn_norm.weight", (5,), QType.F32))
+    data = [np.zeros((int(np.prod(t.shape[:-1])), row_bytes(t.qtype, t.shape[-1])), np.uint8) for t in plan]
+    write_gguf(path, [encode_field("general.architecture", "llama")], plan, iter(data))
+    return GgufFile(path)
+
+
+Q, DOWN, EMBEDDING = "blk__0__attn_q__weight", "blk__0__ffn_down__weight", "token_embd__weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "int4"),
+    [
+        ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q4_1, 64), DOWN: (QType.Q4_0, 96)}, "keep"),
+        ({EMBEDDING: (QType.F16, 256), Q: (QType.Q4_K, 256)}, "keep"),
+        ({EMBEDDING: (QType.F16, 64), Q: (QType.F16, 256), DOWN: (QType.Q4_0, 512)}, "Q4_K_M"),
+        ({EMBEDDING: (QType.F16, 256), Q: (QType.F16, 256), DOWN: (QType.F16, 288)}, "Q4_1"),
+        ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q8_0, 64)}, "Q4_1"),
+        ({Q: (QType.Q4_0, 64), DOWN: (QType.Q6_K, 256)}, "Q4_1"),
+    ],
+)
+def test_int4_is_the_bases_own_types_else_what_its_rows_allow(tmp_path: Path, tensors: dict[str, Any], int4: str) -> None:
+    with one_of_each(tmp_path / "m.gguf", **tensors) as base:
+        assert resolve_quant("int4", base) == int4
+        assert resolve_quant("int8", base) == "Q8_0"
+
+
+def test_other_quants_are_the_conversion_stages_own_names(tmp_path: Path) -> None:
+    with one_of_each(tmp_path / "m.gguf", **{Q: (QType.F16, 64)}) as base:
+        assert [resolve_quant(name, base) for name in ("keep", "q4_0", "F16", "q4_k_m")] == ["keep", "Q4_0", "F16", "Q4_K_M"]
+        with pytest.raises(UnsupportedError, match=r"quant must be one of keep, .*; got int3"):
+            resolve_quant("int3", base)

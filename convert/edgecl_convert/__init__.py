@@ -1,4 +1,4 @@
-"""The conversion stage, usable alone: GGUF in, GGUF out, adapters merged, nothing of edgecl imported.
+"""The conversion stage, usable alone: Hugging Face folder or GGUF in, GGUF out, adapters merged; imports nothing of edgecl.
 
 Opens neither torch nor llama_cpp: ggml's kernels are called by path.
 """
@@ -14,7 +14,10 @@ from .adapter import (
 from .atomic import atomic_file, fsync_folder, write_atomic
 from .errors import AdapterError, ConvertError, GgufError, UnsupportedError
 from .gguf_file import GgufFile
+from .hf_model import HfModel
 from .merge import MergeReport, merge, update_survival
+from .recipe import resolve_quant
+from .source import Source, open_source
 
 __all__ = [
     "Adapter",
@@ -22,14 +25,18 @@ __all__ = [
     "ConvertError",
     "GgufError",
     "GgufFile",
+    "HfModel",
     "MergeReport",
+    "Source",
     "UnsupportedError",
     "atomic_file",
     "fsync_folder",
     "merge",
+    "open_source",
     "read_adapter",
     "read_gguf_adapter",
     "read_peft_adapter",
+    "resolve_quant",
     "update_survival",
     "write_atomic",
     "write_gguf_adapter",

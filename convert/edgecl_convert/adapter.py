@@ -33,6 +33,7 @@ from .names import (
     projection_of,
     to_gguf_rows,
 )
+from .source import Source
 
 _PEFT_PREFIX = "base_model.model."
 _HASH_KEY = "edgecl.base_sha256"
@@ -75,7 +76,7 @@ class Adapter:
         """Return lora_alpha / r of one tensor."""
         return self.lora_alpha / int(self.pairs[name][0].shape[0])
 
-    def check_fits(self, base: GgufFile) -> None:
+    def check_fits(self, base: Source) -> None:
         """Check that every pair has a tensor of its shape in `base`.
 
         Raises:

@@ -180,6 +180,13 @@ def dequantize_rows(blocks: Bytes, qtype: QType, n_per_row: int) -> F32Array:
     return out
 
 
+def is_finite(blocks: Bytes, qtype: QType) -> bool:
+    """Return whether no weight of (rows, row_bytes) blocks of a float type is NaN or infinite: exponents that are all ones."""
+    bits = {QType.F32: 0x7F800000, QType.F16: 0x7C00, QType.BF16: 0x7F80}[qtype]
+    exponent: np.uint32 | np.uint16 = np.uint32(bits) if qtype == QType.F32 else np.uint16(bits)
+    return not ((blocks.view(exponent.dtype) & exponent) == exponent).any()
+
+
 def quantize(weights: F32Array, qtype: QType, imatrix: F32Array | None = None, n_threads: int = 0) -> Bytes:
     """Return `quantize_rows` of a whole (rows, n_per_row) tensor, computed on `n_threads` (0: every core)."""
     n_rows, n_per_row = weights.shape

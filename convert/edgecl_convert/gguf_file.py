@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFValueType
@@ -28,20 +27,12 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC
 from .atomic import atomic_file
 from .errors import GgufError
 from .ggml import Bytes, F32Array, QType, dequantize, row_bytes
+from .gguf_value import SCALARS, encode_string, encode_value
+from .mapped import map_file, release
 
-_SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-}
+if TYPE_CHECKING:
+    from .source import Source
+
 _MAX_NAME_BYTES = 65535
 _MAX_TENSOR_NAME_BYTES = 63  # GGML_MAX_NAME, less the closing zero
 _MAX_DIMS = 4
@@ -81,7 +72,10 @@ class GgufFile:
     Attributes:
         path: the file.
         tensors: by name, in file order.
+        notes: what the user should know; none for a GGUF file.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path | str) -> None:
         """Walk the header of `path`.
@@ -91,8 +85,7 @@ class GgufFile:
         """
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as handle:
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = map_file(self.path)
         except OSError as error:
             raise GgufError(self.path, f"cannot be read: {error.strerror or error}") from None
         except ValueError:
@@ -179,14 +172,14 @@ class GgufFile:
         return stop
 
     def _skip(self, value_type: GGUFValueType, at: int) -> int:
-        if value_type in _SCALARS:
-            return at + struct.calcsize(_SCALARS[value_type])
+        if value_type in SCALARS:
+            return at + struct.calcsize(SCALARS[value_type])
         if value_type == GGUFValueType.STRING:
             return int(at + 8 + struct.unpack_from("<Q", self._map, at)[0])
         number, count = struct.unpack_from("<IQ", self._map, at)
         item_type, at = self._value_type(number, at), at + 12
-        if item_type in _SCALARS:
-            return int(at + count * struct.calcsize(_SCALARS[item_type]))
+        if item_type in SCALARS:
+            return int(at + count * struct.calcsize(SCALARS[item_type]))
         if item_type == GGUFValueType.ARRAY or count > len(self._map) // 8:
             raise GgufError(self.path, f"has an array at offset {at} that is nested or longer than the file")
         unpack, data = struct.Struct("<Q").unpack_from, self._map
@@ -264,8 +257,8 @@ class GgufFile:
         return self._map[field.start - 4 : field.stop]
 
     def _decode(self, value_type: GGUFValueType, at: int) -> tuple[Any, int]:
-        if value_type in _SCALARS:
-            code = "<" + _SCALARS[value_type]
+        if value_type in SCALARS:
+            code = "<" + SCALARS[value_type]
             return struct.unpack_from(code, self._map, at)[0], at + struct.calcsize(code)
         if value_type == GGUFValueType.STRING:
             (length,) = struct.unpack_from("<Q", self._map, at)
@@ -273,8 +266,8 @@ class GgufFile:
         number, count = struct.unpack_from("<IQ", self._map, at)
         at += 12
         item_type = GGUFValueType(number)
-        if item_type in _SCALARS:
-            code = f"<{count}{_SCALARS[item_type]}"
+        if item_type in SCALARS:
+            code = f"<{count}{SCALARS[item_type]}"
             return list(struct.unpack_from(code, self._map, at)), at + struct.calcsize(code)
         items = []
         for _ in range(count):
@@ -295,6 +288,10 @@ class GgufFile:
         info = self.tensors[name]
         return dequantize(self.blocks(name), info.qtype, info.shape[-1], n_threads).reshape(info.shape)
 
+    def release(self, name: str) -> None:
+        """Give the pages of a tensor back."""
+        release(self._map, self.tensors[name].offset, self.tensors[name].n_bytes)
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -310,23 +307,12 @@ class PlannedTensor:
         return row_bytes(self.qtype, self.shape[-1]) * int(np.prod(self.shape[:-1], dtype=np.int64))
 
 
-def encode_field(key: str, value: bool | int | float | str) -> bytes:
-    """Return one metadata field as GGUF bytes: bool, uint32, float32 or string by the Python type of `value`."""
-    if isinstance(value, bool):
-        return _encode_string(key) + struct.pack("<I?", GGUFValueType.BOOL, value)
-    if isinstance(value, int):
-        return _encode_string(key) + struct.pack("<II", GGUFValueType.UINT32, value)
-    if isinstance(value, float):
-        return _encode_string(key) + struct.pack("<If", GGUFValueType.FLOAT32, value)
-    return _encode_string(key) + struct.pack("<I", GGUFValueType.STRING) + _encode_string(value)
+def encode_field(key: str, value: Any) -> bytes:
+    """Return one metadata field as GGUF bytes; types as `encode_value` has them."""
+    return encode_string(key) + encode_value(value)
 
 
-def _encode_string(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
-
-
-def copied_fields(source: GgufFile, **replaced: int) -> list[bytes]:
+def copied_fields(source: Source, **replaced: int) -> list[bytes]:
     """Return `source`'s metadata as bytes, with `general.<name>` values replaced where they exist.
 
     Args:
@@ -336,7 +322,7 @@ def copied_fields(source: GgufFile, **replaced: int) -> list[bytes]:
     for key in source.keys:
         value = replaced.get(key.removeprefix("general."))
         is_replaced = key.startswith("general.") and value is not None
-        fields.append(encode_field(key, value) if is_replaced else _encode_string(key) + source.raw_field(key))  # type: ignore[arg-type]
+        fields.append(encode_field(key, value) if is_replaced else encode_string(key) + source.raw_field(key))
     return fields
 
 
@@ -361,7 +347,7 @@ def write_gguf(
     header += b"".join(fields)
     offset = 0
     for tensor in plan:
-        header += _encode_string(tensor.name)
+        header += encode_string(tensor.name)
         header += struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
         header += struct.pack("<IQ", tensor.qtype, offset)
         offset += -(-tensor.n_bytes // alignment) * alignment

@@ -1,4 +1,4 @@
-"""Base + adapter -> GGUF, tensor by tensor.
+"""Base + adapter -> GGUF, tensor by tensor: the one writer of model files. The base is a GGUF file or a Hugging Face folder.
 
 Weights are always computed from the base, which is never written to; a chunk of rows is decoded, updated and encoded by one
 worker while it is in the cache, so peak memory is the largest tensor's blocks, not the model. A tensor whose type does not
@@ -15,16 +15,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from gguf import GGML_QUANT_VERSION
 from threadpoolctl import threadpool_limits
 
 from .adapter import Adapter
 from .errors import ConvertError, UnsupportedError
-from .ggml import Bytes, QType, default_threads, dequantize_rows, each_chunk, quantize_rows, row_bytes
-from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, write_gguf
+from .ggml import (
+    FLOAT_TYPES,
+    Bytes,
+    QType,
+    block_size,
+    default_threads,
+    dequantize_rows,
+    each_chunk,
+    is_finite,
+    quantize_rows,
+    row_bytes,
+)
+from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, encode_field, write_gguf
 from .grid import GRID_TYPES, add_on_grid
-from .recipe import Recipe
+from .recipe import KEEP, Recipe
+from .source import Source
 
 ROUNDINGS = ("stochastic", "nearest")
+_VERSION_KEY = "general.quantization_version"
 Progress = Callable[[int, int, str], None]  # (tensors done, tensors, name)
 
 
@@ -37,6 +51,7 @@ class MergeReport:
         qtypes: tensors by type in the written file.
         rounded: touched tensors by how they were written: "stochastic", "nearest" or "float".
         copied: tensors copied byte for byte.
+        notes: what the user should know, such as types that do not divide some rows.
     """
 
     model_bytes: int = 0
@@ -44,10 +59,11 @@ class MergeReport:
     qtypes: dict[str, int] = field(default_factory=dict)
     rounded: dict[str, int] = field(default_factory=dict)
     copied: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def merge(
-    base: GgufFile,
+    base: Source,
     adapter: Adapter | None,
     out: Path | str,
     quant: str = "keep",
@@ -77,26 +93,46 @@ def merge(
     n_layer = int(base.get(f"{base.architecture}.block_count", 0))
     tied = "output.weight" not in base.tensors
     plan = [PlannedTensor(i.name, i.shape, recipe.qtype(i, n_layer, tied)) for i in base.tensors.values()]
-    report = MergeReport(qtypes=dict(Counter(tensor.qtype.name for tensor in plan)))
-    file_type = recipe.file_type(base)
-    fields = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))
+    notes = [*base.notes, *_fallbacks(base, recipe, plan, tied)]
+    report = MergeReport(qtypes=dict(Counter(tensor.qtype.name for tensor in plan)), notes=notes)
 
     def tensors() -> Iterator[Bytes]:
         for done, tensor in enumerate(plan):
             if progress:
                 progress(done, len(plan), tensor.name)
             yield _tensor(base, base.tensors[tensor.name], tensor.qtype, adapter, rounding, n_threads, report)
+            base.release(tensor.name)
         if progress:
             progress(len(plan), len(plan), "")
 
     with threadpool_limits(1, "blas"):  # each worker multiplies its own rows; BLAS threads would fight over the cores
-        report.model_bytes = write_gguf(out, fields, plan, tensors(), base.alignment)
+        report.model_bytes = write_gguf(out, _fields(base, recipe, plan), plan, tensors(), base.alignment)
     report.merge_s = time.perf_counter() - start
     return report
 
 
+def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[bytes]:
+    """Return the base's metadata with the file type of the recipe, and the version of quantized data where there is any."""
+    file_type = recipe.file_type(base)
+    fields = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))
+    is_quantized = any(tensor.qtype not in FLOAT_TYPES for tensor in plan)
+    if recipe.quant != KEEP and is_quantized and _VERSION_KEY not in base.keys:
+        fields.append(encode_field(_VERSION_KEY, GGML_QUANT_VERSION))
+    return fields
+
+
+def _fallbacks(base: Source, recipe: Recipe, plan: list[PlannedTensor], tied: bool) -> list[str]:
+    """Return a line for each type that does not divide the rows of some tensors, and what they get instead."""
+    n_layer = int(base.get(f"{base.architecture}.block_count", 0))
+    pairs = ((recipe.wanted(base.tensors[tensor.name], n_layer, tied), tensor.qtype) for tensor in plan)
+    return [
+        f"{wanted.name} needs rows that are a multiple of {block_size(wanted)}: {count} tensors got {got.name} instead"
+        for (wanted, got), count in Counter(pair for pair in pairs if pair[0] != pair[1]).items()
+    ]
+
+
 def _tensor(
-    base: GgufFile,
+    base: Source,
     info: TensorInfo,
     qtype: QType,
     adapter: Adapter | None,
@@ -105,11 +141,18 @@ def _tensor(
     report: MergeReport,
 ) -> Bytes:
     source = base.blocks(info.name)
+    n_rows, n_per_row = len(source), info.shape[-1]
+
+    def check(rows: Bytes) -> None:
+        if not is_finite(rows, info.qtype):
+            raise ConvertError(f"{base.path}: tensor {info.name} has NaN or infinite weights; use a sound base")
+
     pair = adapter.pairs.get(info.name) if adapter else None
     if pair is None and qtype == info.qtype:
         report.copied += 1
+        if qtype in FLOAT_TYPES:
+            each_chunk(n_rows, n_per_row, lambda start, stop: check(source[start:stop]), n_threads or default_threads())
         return source
-    n_rows, n_per_row = len(source), info.shape[-1]
     on_grid = pair is not None and qtype == info.qtype and qtype in GRID_TYPES and rounding == "stochastic"
     if pair is not None and adapter is not None:
         how = "stochastic" if on_grid else "float" if qtype in (QType.F32, QType.F16, QType.BF16) else "nearest"
@@ -128,6 +171,8 @@ def _tensor(
         if not np.isfinite(weights).all():
             raise ConvertError(f"{base.path}: tensor {info.name} has NaN or infinite weights; use a sound base")
         out[start:stop] = quantize_rows(weights, qtype)
+        if qtype == QType.F16 and not is_finite(out[start:stop], qtype):
+            raise ConvertError(f"{base.path}: tensor {info.name} has weights beyond the range of F16; give BF16 or F32")
 
     each_chunk(n_rows, n_per_row, work, n_threads or default_threads())
     return out

@@ -12,7 +12,8 @@ from gguf import LlamaFileType
 
 from .errors import UnsupportedError
 from .ggml import QType, block_size, qtype_named
-from .gguf_file import GgufFile, TensorInfo
+from .gguf_file import TensorInfo
+from .source import Source
 
 KEEP = "keep"
 MIXTURES = ("Q4_K_M",)
@@ -46,7 +47,7 @@ class Recipe:
         raise UnsupportedError(f"quant must be one of {allowed}; got {quant}")
 
     def qtype(self, info: TensorInfo, n_layer: int, tied: bool) -> QType:
-        """Return the type that one tensor gets.
+        """Return the type that one tensor gets: the wanted one, or its fallback where it does not divide the rows.
 
         Args:
             n_layer: layers of the model.
@@ -54,12 +55,15 @@ class Recipe:
         """
         if self.quant == KEEP:
             return info.qtype
-        if len(info.shape) < 2 or "_norm" in info.name or not info.name.endswith(".weight"):
-            return info.qtype
-        wanted = _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
-        return fallback(wanted, info.shape[-1])
+        return fallback(self.wanted(info, n_layer, tied), info.shape[-1])
 
-    def file_type(self, base: GgufFile) -> int | None:
+    def wanted(self, info: TensorInfo, n_layer: int, tied: bool) -> QType:
+        """Return the type that one tensor would get if its rows were of any length."""
+        if self.quant == KEEP or len(info.shape) < 2 or "_norm" in info.name or not info.name.endswith(".weight"):
+            return info.qtype
+        return _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
+
+    def file_type(self, base: Source) -> int | None:
         """Return the value of `general.file_type`, None where the base's value stays."""
         if self.quant == KEEP:
             return None
@@ -68,6 +72,24 @@ class Recipe:
             if name and name in LlamaFileType.__members__:
                 return int(LlamaFileType[name])
         return None
+
+
+def resolve_quant(quant: str, source: Source) -> str:
+    """Return the recipe of a quant: int8 is Q8_0; int4 the source's own 4-bit types where it has them.
+
+    Where it has none, int4 is Q4_K_M if rows divide by 256, else Q4_1.
+
+    Raises:
+        UnsupportedError: no such quant.
+    """
+    if quant == "int8":
+        return "Q8_0"
+    if quant != "int4":
+        return Recipe.named(quant).quant
+    weights = [info for info in source.tensors.values() if info.name.startswith("blk.") and len(info.shape) > 1]
+    if all(info.qtype.name in ("Q4_0", "Q4_1", "Q4_K") for info in weights):
+        return KEEP
+    return "Q4_K_M" if all(info.shape[-1] % 256 == 0 for info in weights) else "Q4_1"
 
 
 def fallback(qtype: QType, n_per_row: int) -> QType:

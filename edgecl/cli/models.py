@@ -24,18 +24,23 @@ def _check_target(target: Path, force: bool) -> None:
 @click.option("--force", is_flag=True, help="Overwrite TARGET.")
 @json_option
 def convert(source: Path, target: Path, quant: str, force: bool, as_json: bool) -> None:
-    """Re-quantize SOURCE.gguf to TARGET.gguf."""
-    from edgecl_convert import GgufFile, merge
-
-    from ..profile import resolve_quant
+    """Convert SOURCE, a GGUF file or a Hugging Face folder, to TARGET.gguf."""
+    from edgecl_convert import merge, open_source, resolve_quant
 
     _check_target(target, force)
-    with GgufFile(source) as gguf, progress_bar() as progress:
-        report = merge(gguf, None, target, resolve_quant(quant, gguf), progress=_stage(progress, "convert"))
-    facts = {"convert_s": report.merge_s, "model_bytes": report.model_bytes, "qtypes": report.qtypes}
+    with open_source(source) as model, progress_bar() as progress:
+        report = merge(model, None, target, resolve_quant(quant, model), progress=_stage(progress, "convert"))
+    facts = {
+        "convert_s": report.merge_s,
+        "model_bytes": report.model_bytes,
+        "qtypes": report.qtypes,
+        "notes": report.notes,
+    }
     if as_json:
         print_json(facts)
     else:
+        for note in report.notes:
+            click.echo(note, err=True)
         types = ", ".join(f"{n} {name}" for name, n in report.qtypes.items())
         click.echo(f"{target}: {size(report.model_bytes)} in {report.merge_s:.1f} s ({types})")
 
@@ -50,11 +55,10 @@ def convert(source: Path, target: Path, quant: str, force: bool, as_json: bool) 
 @json_option
 def merge(base: Path, adapter: Path, out: Path, quant: str, rounding: str, force: bool, as_json: bool) -> None:
     """Merge ADAPTER (a GGUF LoRA file or a PEFT folder) into BASE.gguf, written to OUT.gguf."""
-    from edgecl_convert import GgufFile, read_adapter, update_survival
+    from edgecl_convert import GgufFile, read_adapter, resolve_quant, update_survival
     from edgecl_convert import merge as merge_files
 
     from ..generations import sha256_file
-    from ..profile import resolve_quant
 
     _check_target(out, force)
     with GgufFile(base) as gguf, progress_bar() as progress:
