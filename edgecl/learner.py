@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecl_convert import ConvertError, GgufFile, resolve_quant, write_atomic
+from edgecl_convert import ConvertError, GgufFile, merge, open_source, resolve_quant, write_atomic
 from edgecl_convert.names import check_architecture
 
 from .child import Limits, Progress, run_stage
@@ -110,7 +110,7 @@ class Learner:
         """Make a home for a base model and open it.
 
         Args:
-            model: a GGUF file, or "smollm2" for the packaged one.
+            model: a GGUF file, a Hugging Face folder (its F16 conversion is kept in the home), or "smollm2", the packaged one.
             force: replace a home that exists; its store and generations are deleted.
             settings: further fields of Settings, such as replay=ReplaySettings(share=0.02).
 
@@ -120,26 +120,35 @@ class Learner:
         place = Path(home) if home else default_home()
         path = find_model(model)
         load_profile(profile)
-        with translated(), GgufFile(path) as gguf:
-            check_architecture(gguf)
-            resolve_quant(quant, gguf)
-            template = gguf.get("tokenizer.chat_template")
+        with translated(), open_source(path) as source:
+            check_architecture(source)
+            resolve_quant(quant, source)
+            template = source.get("tokenizer.chat_template")
             if not template:
                 raise SettingError(f"{path} has no chat template (tokenizer.chat_template); use an instruct model")
-            tokens = "\0".join(gguf.get("tokenizer.ggml.tokens", []))
-        made = Settings(base=str(path), quant=quant, profile=profile, **settings)
-        if (place / "edgecl.toml").exists():
-            if not force:
-                raise SettingError(f"{place} is a learner's home already; choose another --home, or give --force")
+            tokens = "\0".join(source.get("tokenizer.ggml.tokens", []))
+        base = place.resolve() / "base-F16.gguf" if path.is_dir() else path
+        made = Settings(base=str(base), quant=quant, profile=profile, **settings)
+        exists = (place / "edgecl.toml").exists()
+        if exists and not force:
+            raise SettingError(f"{place} is a learner's home already; choose another --home, or give --force")
+        try:
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
+        if base != path:
+            with translated(), open_source(path) as source:
+                merge(source, None, base, "F16")
+        if exists:
             for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
                 (place / old).unlink(missing_ok=True)
             shutil.rmtree(place / "generations", ignore_errors=True)
-        stat = path.stat()
+        stat = base.stat()
         manifest = Manifest(
             number=0,
             parent="",
-            base_sha256=sha256_file(path),
-            model=str(path),
+            base_sha256=sha256_file(base),
+            model=str(base),
             created=now(),
             tokenizer_sha256=sha256(tokens.encode()).hexdigest(),
             template_sha256=sha256(template.encode()).hexdigest(),
@@ -147,7 +156,6 @@ class Learner:
             base_mtime_ns=stat.st_mtime_ns,
         )
         try:
-            place.mkdir(parents=True, exist_ok=True, mode=0o700)
             with translated():
                 Generations(place).create_base(manifest)
                 write_atomic(place / "edgecl.toml", made.to_toml())

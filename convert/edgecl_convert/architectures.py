@@ -8,6 +8,7 @@ TensorNameMap. What llama.cpp would compute differently is refused, never ignore
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +94,7 @@ def family_of(config: HfConfig) -> tuple[Family, HfConfig]:
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise UnsupportedError(f"{config.path}: model_type must be one of {', '.join(FAMILIES)}; got {kind}")
+        raise UnsupportedError(f"{config.path}: model_type must be one of {', '.join(FAMILIES)}; got {json.dumps(kind)}")
     config = config.with_defaults(family.defaults)
     key = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
     if config.get(key) not in family.activations:

@@ -147,7 +147,7 @@ class Rope:
         """
         if self.kind not in allowed:
             raise UnsupportedError(
-                f"{self._path}: rotary scaling {self.kind} is not supported for this architecture; "
+                f"{self._path}: rotary scaling {self.kind!r} is not supported for this architecture; "
                 f"allowed: {', '.join(allowed)}"
             )
 

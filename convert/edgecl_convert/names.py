@@ -7,13 +7,15 @@ halves are interleaved in GGUF, so its q and k rows (and the rows of their lora_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import AdapterError, GgufError, UnsupportedError
-from .gguf_file import GgufFile
+
+if TYPE_CHECKING:
+    from .source import Source
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
@@ -42,7 +44,7 @@ _GEMMA3_NORMS = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def check_architecture(gguf: GgufFile) -> str:
+def check_architecture(gguf: Source) -> str:
     """Return the file's architecture.
 
     Raises:
@@ -101,7 +103,7 @@ def n_heads_permuted(gguf_name: str, architecture: str, metadata: Mapping[str, A
     return int(metadata["n_head_kv"]) if ".attn_k." in gguf_name else 0
 
 
-def head_counts(gguf: GgufFile) -> dict[str, int]:
+def head_counts(gguf: Source) -> dict[str, int]:
     """Return n_head and n_head_kv of a model.
 
     Raises:

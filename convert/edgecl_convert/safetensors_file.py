@@ -113,6 +113,8 @@ class SafetensorsFile:
         return {tensor.name: tensor for tensor in tensors}
 
     def _tensor(self, name: str, entry: Any, data_start: int) -> StoredTensor:
+        if not name.isprintable():
+            raise self._error(f"tensor {name!r} has a name that cannot be printed")
         entry = entry if isinstance(entry, dict) else {}
         dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:

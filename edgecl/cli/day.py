@@ -22,7 +22,7 @@ from .output import console, json_option, print_json, safe
 @json_option
 @click.pass_obj
 def init(home: Path | None, model: str, quant: str, profile: str, force: bool, as_json: bool) -> None:
-    """Make a home for MODEL: a GGUF file, or `smollm2`, the packaged one."""
+    """Make a home for MODEL: a GGUF file, a Hugging Face folder, or `smollm2`, the packaged one."""
     with Learner.init(model, home, quant=quant, profile=profile, force=force) as learner:
         status = learner.status()
     if as_json:

@@ -1,0 +1,626 @@
+"""A Hugging Face folder becomes the GGUF that llama.cpp computes the same with, or is refused in one line.
+
+Parity is against transformers on the same ids, and every way in which a converter usually goes wrong is made here on purpose
+and must miss the bound.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, LlamaFileType
+from gguf_helpers import child_with_small_files
+from hf_models import (
+    CONTEXT,
+    EPS,
+    FAMILIES,
+    GEMMA3_EPS,
+    LINEAR,
+    LLAMA3,
+    N_HEAD,
+    N_KV,
+    N_VOCAB,
+    STD,
+    VOCABULARY,
+    WIDTH,
+    WINDOW,
+    YARN,
+    build,
+    edit_config,
+    edit_weights,
+)
+from safetensors.numpy import load_file, save_file
+
+from edgecl.engine import GGML_TYPE_F32, Engine
+from edgecl.learner import find_model
+from edgecl_convert import ConvertError, GgufFile, HfModel, UnsupportedError, merge, open_source, resolve_quant
+from edgecl_convert.ggml import QType
+from edgecl_convert.gguf_file import PlannedTensor, encode_field, write_gguf
+from edgecl_convert.names import from_gguf_rows
+
+MAX_KLD, MIN_TOP1 = 1e-5, 0.995
+FAR = 100 * MAX_KLD  # what a mutant must exceed
+IDS = [int(token) for token in np.random.default_rng(1).integers(0, N_VOCAB, 200)]
+Logits = torch.Tensor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def reference(model: Any, n: int = len(IDS)) -> Logits:
+    return model(torch.tensor([IDS[:n]])).logits[0].double()
+
+
+def served(path: Path, n: int = len(IDS)) -> Logits:
+    """Return llama.cpp's logits (T, V), with a KV cache in F32."""
+    with Engine(path, n_ctx=512, n_threads=1, kv_type=GGML_TYPE_F32) as engine:
+        return torch.from_numpy(engine.logits(IDS[:n])).double()
+
+
+def kld(wanted: Logits, got: Logits) -> float:
+    """Return the mean over tokens of KL(wanted, got), in nats."""
+    p, q = torch.log_softmax(wanted, -1), torch.log_softmax(got, -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def assert_same(wanted: Logits, got: Logits) -> None:
+    assert kld(wanted, got) < MAX_KLD
+    assert float((wanted.argmax(-1) == got.argmax(-1)).double().mean()) >= MIN_TOP1
+
+
+def export(folder: Path, out: Path, quant: str = "F32") -> Path:
+    with HfModel(folder, VOCABULARY) as model:
+        merge(model, None, out, quant, n_threads=1)
+    return out
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama tied, with biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama with heads of its own width": ("llama", {"head_dim": 24, "num_key_value_heads": N_HEAD}),
+    "llama 3.1": ("llama", {"rope_parameters": LLAMA3}),
+    "llama yarn": ("llama", {"rope_parameters": YARN}),
+    "llama yarn, attention factor": ("llama", {"rope_parameters": YARN | {"attention_factor": 0.7}}),
+    "llama yarn, mscale": ("llama", {"rope_parameters": YARN | {"mscale": 0.5, "mscale_all_dim": 1.0}}),
+    "qwen2 untied, yarn": ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": False}),
+    "qwen3 tied, linear": ("qwen3", {"rope_parameters": LINEAR, "tie_word_embeddings": True}),
+    "gemma3 linear, soft cap, untied": (
+        "gemma3",
+        {"rope_parameters": GEMMA3_ROPE, "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+    ),
+    "gemma3 every second layer": ("gemma3", {"layer_types": [SLIDING, FULL] * 3}),
+    "gemma3 window everywhere": ("gemma3", {"layer_types": [SLIDING] * 6}),
+    "gemma3 no window": ("gemma3", {"layer_types": [FULL] * 6}),
+    "gpt_neox tied": ("gpt_neox", {"tie_word_embeddings": True}),
+    "gpt_neox in sequence, tanh": ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> Callable[[str], tuple[Path, Logits]]:
+    """Return a function case -> (folder, transformers' logits), each built once."""
+
+    @cache
+    def made(case: str) -> tuple[Path, Logits]:
+        folder = tmp_path_factory.mktemp("hf") / "model"
+        family, changed = CASES[case]
+        return folder, reference(build(folder, family, **changed))
+
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_what_transformers_computes(cases, case, tmp_path):
+    folder, wanted = cases(case)
+    assert_same(wanted, served(export(folder, tmp_path / "out.gguf")))
+
+
+def test_a_window_that_llama_cpp_does_not_have_limits_the_context(tmp_path):
+    model = build(tmp_path / "hf", "mistral", sliding_window=WINDOW)
+    with HfModel(tmp_path / "hf", VOCABULARY) as source:
+        assert source.get("llama.context_length") == WINDOW
+        report = merge(source, None, tmp_path / "out.gguf", "F32")
+    assert report.notes == [f"llama.cpp has no sliding window in llama: the context is limited to the window, {WINDOW} tokens"]
+    assert_same(reference(model, WINDOW), served(tmp_path / "out.gguf", WINDOW))
+    assert kld(reference(model), served(tmp_path / "out.gguf")) > FAR  # beyond it they differ
+
+
+# --- mutants: each must be seen ---------------------------------------------------------------------------------------
+
+
+def mutant(folder: Path, out: Path, fields: dict[str, Any], change: Callable[[str, Any], Any]) -> Path:
+    """Export to F32 with other metadata (keys below the architecture) and tensors: `change(name, weights)`, None drops one."""
+    with HfModel(folder, VOCABULARY) as source:
+        weights = {name: change(name, source.weights(name).copy()) for name in source.tensors}
+        if (head := change("output.weight", None)) is not None and "output.weight" not in weights:
+            weights["output.weight"] = head
+        weights = {name: values for name, values in weights.items() if values is not None}
+        changed = {f"{source.architecture}.{key}": value for key, value in fields.items()}
+        metadata = [encode_field(key, changed.get(key, source.get(key))) for key in source.keys]
+    plan = [PlannedTensor(name, values.shape, QType.F32) for name, values in weights.items()]
+    data = (np.ascontiguousarray(w, np.float32).reshape(-1, w.shape[-1]).view(np.uint8) for w in weights.values())
+    write_gguf(out, metadata, plan, data)
+    return out
+
+
+def not_permuted(name: str, weights: Any) -> Any:
+    n_heads = {"attn_q": N_HEAD, "attn_k": N_KV}.get(name.split(".")[-2], 0)
+    return weights if weights is None else from_gguf_rows(weights, n_heads)
+
+
+def fused_as_stored(name: str, weights: Any) -> Any:
+    if ".attn_qkv." not in name:
+        return weights
+    parts = weights.reshape(3, N_HEAD, WIDTH // N_HEAD, -1)
+    return parts.swapaxes(0, 1).reshape(weights.shape)
+
+
+def dropped(part: str, instead: Callable[[Any], Any] = lambda _: None) -> Callable[[str, Any], Any]:
+    def change(name: str, weights: Any) -> Any:
+        return instead(weights) if name.startswith(part) and weights is not None else weights
+
+    change.__name__ = f"without {part}"
+    return change
+
+
+def zero(part: str) -> Callable[[str, Any], Any]:
+    return dropped(part, np.zeros_like)
+
+
+def other_head(name: str, weights: Any) -> Any:
+    drawn = np.random.default_rng(5).normal(0, STD, (N_VOCAB, WIDTH)).astype(np.float32)
+    return drawn if name == "output.weight" else weights
+
+
+def norms_from_zero(name: str, weights: Any) -> Any:
+    return weights - 1 if name.endswith("norm.weight") else weights
+
+
+def same(name: str, weights: Any) -> Any:
+    return weights
+
+
+RMS, LAYER_NORM = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+MUTANTS: list[tuple[str, dict[str, Any], Callable[[str, Any], Any]]] = [
+    *((family, {"rope.freq_base": 5e5 if family != "gemma3" else 1e4}, same) for family in FAMILIES),
+    *((family, {RMS: 10 * EPS}, same) for family in ("llama", "mistral", "qwen2", "qwen3")),
+    ("gemma3", {RMS: 10 * GEMMA3_EPS}, same),
+    ("gpt_neox", {LAYER_NORM: 10 * EPS}, same),
+    ("llama", {}, not_permuted),
+    ("mistral", {}, not_permuted),
+    ("gpt_neox", {}, fused_as_stored),
+    ("gpt_neox", {"rope.dimension_count": WIDTH // N_HEAD}, same),
+    ("gpt_neox", {"use_parallel_residual": False}, same),
+    ("gpt_neox", {}, zero("blk.0.ffn_up.bias")),
+    ("gpt_neox", {}, zero("blk.0.attn_qkv.bias")),
+    *(("qwen2", {}, dropped(f"blk.0.attn_{x}.bias")) for x in "qkv"),
+    *(("llama tied, with biases", {}, dropped(f"blk.0.{x}.bias")) for x in ("attn_q", "attn_k", "attn_output", "ffn_gate")),
+    *((case, {}, other_head) for case in ("llama tied, with biases", "qwen2", "gemma3", "gpt_neox tied")),
+    ("llama", {}, dropped("output.weight")),
+    ("gemma3", {}, norms_from_zero),
+    ("gemma3", {"attention.sliding_window": 2 * WINDOW}, same),
+    ("gemma3", {"rope.freq_base_swa": 1e6}, same),
+    ("gemma3 every second layer", {"attention.sliding_window_pattern": 6}, same),
+    ("llama 3.1", {}, dropped("rope_freqs")),
+    ("llama yarn", {"rope.scaling.original_context_length": CONTEXT}, same),
+    ("llama yarn, attention factor", {"rope.scaling.attn_factor": 1.0}, same),
+    ("qwen3 tied, linear", {"rope.scaling.factor": 1.0}, same),
+]
+
+
+@pytest.mark.parametrize(("case", "fields", "change"), MUTANTS, ids=lambda x: getattr(x, "__name__", None) or str(x))
+def test_mutant_is_seen(cases, case, fields, change, tmp_path):
+    folder, wanted = cases(case)
+    assert kld(wanted, served(mutant(folder, tmp_path / "mutant.gguf", fields, change))) > FAR
+
+
+def test_what_makes_the_mutants_makes_no_mutant_on_its_own(cases, tmp_path):
+    for case in ("llama", "gemma3", "gpt_neox"):
+        folder, wanted = cases(case)
+        assert_same(wanted, served(mutant(folder, tmp_path / "same.gguf", {}, same)))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A llama folder, 64 wide, that a test may change."""
+    build(tmp_path / "mödel", num_hidden_layers=1)
+    return tmp_path / "mödel"
+
+
+def stored_as(folder: Path, dtype: str) -> Path:
+    """Store the weights of a folder in another float type."""
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    path = folder / "model.safetensors"
+    save({name: tensor.to(getattr(torch, dtype)) for name, tensor in load(path).items()}, path)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_metadata_and_types_are_those_of_the_folder(dtype, folder, tmp_path):
+    qtype = {"float32": QType.F32, "float16": QType.F16, "bfloat16": QType.BF16}[dtype]
+    export(stored_as(folder, dtype), tmp_path / "keep.gguf", "keep")
+    fields = GGUFReader(tmp_path / "keep.gguf").fields
+    assert {key: fields[f"general.{key}"].contents() for key in ("architecture", "type", "name")} == {
+        "architecture": "llama",
+        "type": "model",
+        "name": "mödel",
+    }
+    wanted = {"float32": LlamaFileType.ALL_F32, "float16": LlamaFileType.MOSTLY_F16, "bfloat16": LlamaFileType.MOSTLY_BF16}
+    assert fields["general.file_type"].contents() == wanted[dtype] and "general.quantization_version" not in fields
+    with GgufFile(tmp_path / "keep.gguf") as made:
+        for info in made.tensors.values():
+            assert info.qtype == (qtype if len(info.shape) > 1 else QType.F32), info.name
+    export(folder, tmp_path / "q8.gguf", "Q8_0")
+    with GgufFile(tmp_path / "q8.gguf") as made:
+        assert made.get("general.file_type") == LlamaFileType.MOSTLY_Q8_0 and made.get("general.quantization_version") == 2
+        assert made.tensors["token_embd.weight"].qtype == QType.Q8_0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "F16"])
+def test_one_pass_gives_the_same_bytes_as_two(quant, dtype, folder, tmp_path):
+    stored_as(folder, dtype)
+    once = export(folder, tmp_path / "once.gguf", quant)
+    with GgufFile(export(folder, tmp_path / "f32.gguf")) as between:
+        merge(between, None, tmp_path / "twice.gguf", quant)
+    assert once.read_bytes() == (tmp_path / "twice.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_and_threads_do_not_show(family, tmp_path):
+    model = build(tmp_path / "one/model", family)
+    model.save_pretrained(tmp_path / "many/model", max_shard_size="60KB")
+    assert len(list((tmp_path / "many/model").glob("model-*.safetensors"))) > 2
+    one = export(tmp_path / "one/model", tmp_path / "one.gguf", "Q8_0")
+    with HfModel(tmp_path / "many/model", VOCABULARY) as source:
+        merge(source, None, tmp_path / "many.gguf", "Q8_0", n_threads=3)
+    assert one.read_bytes() == (tmp_path / "many.gguf").read_bytes()
+
+
+def test_weights_on_a_grid_are_written_as_they_were(folder, tmp_path):
+    first = export(folder, tmp_path / "first.gguf", "Q8_0")
+    with GgufFile(first) as made:
+        decoded = {name: made.weights(name) for name in made.tensors}
+    names = {"attn_q": N_HEAD, "attn_k": N_KV}
+    stored = load_file(folder / "model.safetensors")
+    with HfModel(folder, VOCABULARY) as source:
+        for name in source.tensors:
+            weights = from_gguf_rows(decoded[name], names.get(name.split(".")[-2], 0))
+            stored[source._sources[name].name] = np.ascontiguousarray(weights)
+    save_file(stored, folder / "model.safetensors")
+    assert export(folder, tmp_path / "second.gguf", "Q8_0").read_bytes() == first.read_bytes()
+
+
+def test_quant_names_resolve_as_for_a_float_gguf(folder, tmp_path):
+    export(folder, tmp_path / "f16.gguf", "F16")
+    with HfModel(folder, VOCABULARY) as source, GgufFile(tmp_path / "f16.gguf") as gguf:
+        for quant in ("int8", "int4", "keep", "q6_k"):
+            assert resolve_quant(quant, source) == resolve_quant(quant, gguf)
+    build(tmp_path / "wide", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    with HfModel(tmp_path / "wide", VOCABULARY) as source:
+        assert resolve_quant("int4", source) == "Q4_K_M"
+
+
+def test_rows_that_a_type_does_not_divide_are_told(folder, tmp_path):
+    with HfModel(folder, VOCABULARY) as source:
+        report = merge(source, None, tmp_path / "out.gguf", "Q4_K_M")
+        assert merge(source, None, tmp_path / "q8.gguf", "Q8_0").notes == []
+    assert sorted(report.notes) == [
+        "Q4_K needs rows that are a multiple of 256: 6 tensors got Q5_0 instead",
+        "Q6_K needs rows that are a multiple of 256: 3 tensors got Q8_0 instead",
+    ]
+
+
+def test_old_buffers_and_a_head_stored_twice_are_left_out(tmp_path):
+    model = build(tmp_path / "hf", "gpt_neox", tie_word_embeddings=True)
+    names = ("attention__bias", "attention__masked_bias", "attention__rotary_emb__inv_freq")
+    drawn = (np.ones((1, 1, 8, 8), np.bool_), np.array(-1e9, np.float32), np.ones(4, np.float32))
+    embedding = load_file(tmp_path / "hf/model.safetensors")["gpt_neox.embed_in.weight"]
+    extra = {f"gpt_neox__layers__0__{name}": value for name, value in zip(names, drawn, strict=True)}
+    edit_weights(tmp_path / "hf", embed_out__weight=embedding, **extra)
+    assert_same(reference(model), served(export(tmp_path / "hf", tmp_path / "out.gguf")))
+
+
+def test_the_settings_of_transformers_4_are_those_of_5(cases, tmp_path):
+    """rope_theta and rope_scaling beside each other, rotary_pct, rope_local_base_freq, and no layer_types."""
+    old = {
+        "llama 3.1": {"rope_theta": 10000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        "llama yarn": {
+            "rope_theta": 10000,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+        "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
+        "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 10000.0, "layer_types": None, "sliding_window_pattern": 6},
+        "gemma3 linear, soft cap, untied": {
+            "rope_theta": 1000000,
+            "rope_local_base_freq": 2e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    }
+    for case, changed in old.items():
+        source, _ = cases(case)
+        shutil.copytree(source, tmp_path / case / "model")
+        edit_config(tmp_path / case / "model", rope_parameters=None, **changed)
+        before = export(source, tmp_path / "new.gguf").read_bytes()
+        assert export(tmp_path / case / "model", tmp_path / "old.gguf").read_bytes() == before, case
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_neither_torch_nor_the_model_is_loaded(tmp_path):
+    """190 MB of weights, 8 MB the largest: what a conversion adds to the process is far less than the model."""
+    build(tmp_path / "hf", hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, vocab_size=64)
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    layer = {name: w.astype(np.float16) for name, w in weights.items() if ".layers.0." in name}
+    rest = {name: w for name, w in weights.items() if ".layers." not in name}
+    n_layer = 6
+    layers = {name.replace(".0.", f".{i}."): w.copy() for i in range(n_layer) for name, w in layer.items()}
+    save_file(rest | layers, tmp_path / "hf/model.safetensors")
+    edit_config(tmp_path / "hf", num_hidden_layers=n_layer)
+    assert (tmp_path / "hf/model.safetensors").stat().st_size > 180e6
+    code = """
+import json, sys
+from edgecl_convert import HfModel, merge
+def peak():  # ru_maxrss would count what the parent had before exec
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) * 1024
+before = peak()
+with HfModel(sys.argv[1], {"tokenizer.ggml.model": "none"}) as source:
+    merge(source, None, sys.argv[2], "Q8_0", n_threads=2)
+heavy = [name for name in ("torch", "transformers", "llama_cpp", "edgecl") if name in sys.modules]
+print(json.dumps([peak() - before, heavy]))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "hf"), str(tmp_path / "out.gguf")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    added, heavy = json.loads(done.stdout)
+    assert heavy == [] and added < 60e6
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path, quant: str = "Q8_0") -> str:
+    """Return why a folder is not converted: one line, and nothing is left behind."""
+    out = folder.parent / "out"
+    out.mkdir()
+    with pytest.raises(ConvertError) as caught:
+        export(folder, out / "out.gguf", quant)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value) and not list(out.iterdir())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (
+            {"model_type": "mixtral"},
+            "must be one of llama, mistral, qwen2, qwen3, gemma3_text, gpt_neox; got .mixtral.",
+        ),
+        ({"model_type": ["llama"]}, "model_type must be one of"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map .*never done"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized already; take the original"),
+        ({"hidden_size": 32}, r"embed_tokens.weight must be \(96, 32\), got \(96, 64\)"),
+        ({"hidden_size": None}, "hidden_size must be a whole number above 0, got null"),
+        ({"hidden_size": "64"}, 'hidden_size must be a whole number above 0, got "64"'),
+        ({"num_attention_heads": True}, "num_attention_heads must be a whole number"),
+        ({"num_key_value_heads": 3}, "4 attention heads of 16 cannot share 3 key heads"),
+        ({"num_key_value_heads": 4}, r"self_attn.k_proj.weight must be \(64, 64\), got \(32, 64\)"),
+        ({"head_dim": 15}, "a head's size even"),
+        ({"num_hidden_layers": 2}, "the weights lack model.layers.1.input_layernorm.weight.* and 6 more"),
+        ({"num_hidden_layers": 2**30}, "the config has 1073741824 layers, the weights have 12 tensors"),
+        ({"vocab_size": 97}, r"embed_tokens.weight must be \(97, 64\)"),
+        ({"attention_bias": True}, "the weights lack model.layers.0.self_attn.q_proj.bias"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true, but lm_head.weight differs"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a number above 0, got -1e-05"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a number above 0, got Infinity"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported: allowed: silu'),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rotary scaling .dynamic. .*allowed: default, linear",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rotary factor must be a number above 0, got null"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below high_freq_factor 4.0"),
+        ({"rope_parameters": YARN | {"beta_fast": 64}}, "yarn's beta_fast must be 32"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "yarn's truncate must be True"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1 in llama, got 0.5"),
+        ({"rope_parameters": [1]}, "must be JSON objects"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be a whole number above 0, got 0"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_refused(folder, changed, reason):
+    edit_config(folder, **changed)
+    assert re.search(reason, refusal(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "reason"),
+    [
+        ("qwen2", {"rope_parameters": LLAMA3}, "rotary scaling .llama3."),
+        ("qwen3", {"attention_bias": True}, "attention_bias = true is not supported"),
+        ("gemma3", {"query_pre_attn_scalar": 256}, "llama.cpp scales by 24"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("gemma3", {"layer_types": [FULL, SLIDING] * 3}, "every n-th layer"),
+        ("gemma3", {"layer_types": [FULL]}, "6 entries are needed"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias = false"),
+        ("gpt_neox", {"hidden_act": "relu"}, "allowed: gelu, gelu_pytorch_tanh"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.33}}, "5 of 16 dimensions rotate"),
+    ],
+)
+def test_what_llama_cpp_computes_differently_is_refused(family, changed, reason, tmp_path):
+    build(tmp_path / "hf", family)
+    edit_config(tmp_path / "hf", **changed)
+    with pytest.raises(ConvertError, match=reason) as caught:
+        HfModel(tmp_path / "hf", VOCABULARY)
+    assert isinstance(caught.value, UnsupportedError) or "rotate" in reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"model__norm__weight": None}, "the weights lack model.norm.weight"),
+        ({"model__layers__0__mlp__experts__weight": np.ones(3, np.float32)}, "no place for model.layers.0.mlp.experts.weight"),
+        ({"score__weight": np.ones((2, 64), np.float32)}, "the model has no place for score.weight"),
+        ({"model__norm__weight": np.ones(64, np.int64)}, "tensor model.norm.weight has the dtype I64; allowed: F32, F16, BF16"),
+    ],
+)
+def test_weights_that_contradict_the_config_are_named(folder, changed, reason):
+    edit_weights(folder, **changed)
+    assert reason in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("quant", ["keep", "F16", "Q8_0"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_weights_that_are_not_finite_are_named(folder, name, quant, value):
+    weights = load_file(folder / "model.safetensors")[name].copy()
+    weights.flat[7] = value
+    edit_weights(folder, **{name.replace(".", "__"): weights})
+    gguf_name = "output_norm.weight" if "norm" in name else "blk.0.attn_q.weight"
+    assert f"tensor {gguf_name} has NaN or infinite weights" in refusal(folder, quant)
+
+
+def test_weights_beyond_f16_are_named_and_fit_into_bf16(folder, tmp_path):
+    large = load_file(folder / "model.safetensors")["lm_head.weight"] * np.float32(1e6)
+    edit_weights(folder, lm_head__weight=large)
+    assert "tensor output.weight has weights beyond the range of F16; give BF16 or F32" in refusal(folder, "F16")
+    assert export(folder, tmp_path / "out.gguf", "BF16").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": "\ud800"', "[" * 100_000])
+def test_a_damaged_config_is_refused(folder, text):
+    (folder / "config.json").write_text(text, "utf-8", "surrogatepass")
+    assert "config.json" in refusal(folder)
+
+
+def test_folders_without_what_is_needed_are_refused(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConvertError, match=r"config.json: cannot be read: No such file.*give a Hugging Face model folder"):
+        open_source(tmp_path / "empty")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "refused: only safetensors are read, got pytorch_model.bin" in refusal(folder)
+
+
+def test_a_full_disk_leaves_nothing(folder):
+    code = """
+from edgecl_convert import ConvertError, HfModel, merge
+try:
+    merge(HfModel(sys.argv[1], {"tokenizer.ggml.model": "none"}), None, sys.argv[2], "q8_0")
+except ConvertError as error:
+    print(error)
+"""
+    out = folder.parent / "out.gguf"
+    done = child_with_small_files(code, 20_000, folder, out)
+    assert done.stdout == f"{out}: cannot be written: File too large\n", done.stderr
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+# --- the packaged model -----------------------------------------------------------------------------------------------
+
+
+def test_the_packaged_model_comes_back_from_a_folder(tmp_path):
+    """Q4_1 -> transformers' reader -> folder -> F32: the weights are what the blocks decode to, the settings the same."""
+    gguf = find_model("smollm2")
+    lab = Path(__file__).parent.parent / "examples/lab/gguf_to_hf.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, lab, gguf, tmp_path / "hf"], env=environment, check=True, capture_output=True)
+    with GgufFile(gguf) as before, HfModel(tmp_path / "hf", VOCABULARY) as after:
+        assert after.tensors.keys() == before.tensors.keys()
+        for name in before.tensors:
+            assert np.array_equal(after.weights(name), before.weights(name)), name
+        for key in before.keys:
+            if key.startswith("llama."):
+                assert after.get(key) == pytest.approx(before.get(key), rel=1e-6), key
+
+
+# --- the terminal, with the folder's own tokenizer --------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat_folder(tmp_path) -> Path:
+    """A folder with the tiny vocabulary of the other tests, as a tokenizer.json with a chat template."""
+    import tiny
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    build(tmp_path / "chat", vocab_size=tiny.N_VOCAB, bos_token_id=tiny.START, eos_token_id=tiny.END)
+    ids = {token: i for i, token in enumerate(tiny.TOKENS)}
+    tokenizer = Tokenizer(models.BPE(ids, [tuple(pair.split()) for pair in tiny.MERGES]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    fast.chat_template = tiny.TEMPLATE
+    fast.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def edgecl(*arguments: Any) -> tuple[int, str, str]:
+    """Run the terminal app; return its exit code, stdout and stderr."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", "from edgecl.cli import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_convert_takes_a_folder(chat_folder, tmp_path):
+    pytest.importorskip("edgecl_convert.vocab")
+    out = tmp_path / "out.gguf"
+    code, text, error = edgecl("convert", chat_folder, out, "--quant", "int8", "--json")
+    assert code == 0, error
+    assert json.loads(text)["qtypes"] == {"Q8_0": 16, "F32": 5} and json.loads(text)["model_bytes"] == out.stat().st_size
+    code, _, error = edgecl("convert", chat_folder, out, "--quant", "int4")
+    assert code == 1 and "--force" in error and error.count("\n") == 1
+    code, _, error = edgecl("convert", chat_folder, out, "--quant", "q4_k", "--force")
+    assert code == 0 and "Q4_K needs rows that are a multiple of 256: 16 tensors got Q5_0 instead" in error
+    (chat_folder / "model.safetensors").unlink()
+    code, _, error = edgecl("convert", chat_folder, tmp_path / "new.gguf", "--quant", "int8")
+    assert code == 1 and "has no model.safetensors" in error and error.count("\n") == 1
+
+
+def test_init_keeps_its_own_conversion_of_a_folder(chat_folder, tmp_path):
+    pytest.importorskip("edgecl_convert.vocab")
+    code, text, error = edgecl("--home", tmp_path / "home", "init", chat_folder, "--json")
+    assert code == 0, error
+    base = tmp_path / "home/base-F16.gguf"
+    assert json.loads(text)["base"] == str(base)
+    with GgufFile(base) as gguf:
+        assert gguf.get("general.file_type") == LlamaFileType.MOSTLY_F16
+    weights = load_file(chat_folder / "model.safetensors")["model.norm.weight"]
+    edit_weights(chat_folder, model__norm__weight=weights * np.nan)
+    before = base.read_bytes()
+    code, _, error = edgecl("--home", tmp_path / "home", "init", chat_folder, "--force")
+    assert code == 1 and "NaN" in error and base.read_bytes() == before
+    assert edgecl("--home", tmp_path / "home", "status")[0] == 0  # the home that was there still is
