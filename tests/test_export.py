@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -341,6 +342,20 @@ def test_rows_that_a_type_does_not_divide_are_told(folder, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_types_and_bytes_are_those_of_llama_cpp(family, tmp_path):
+    build(tmp_path / "hf", family, hidden_size=256, intermediate_size=512, num_hidden_layers=9)
+    half, theirs = export(tmp_path / "hf", tmp_path / "f16.gguf", "F16"), tmp_path / "theirs.gguf"
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, 1
+    assert llama_cpp.llama_model_quantize(str(half).encode(), str(theirs).encode(), options) == 0
+    with GgufFile(half) as base:
+        merge(base, None, tmp_path / "ours.gguf", "Q4_K_M")
+    with GgufFile(tmp_path / "ours.gguf") as ours, GgufFile(theirs) as reference:
+        assert {n: i.qtype.name for n, i in ours.tensors.items()} == {n: i.qtype.name for n, i in reference.tensors.items()}
+        assert all(np.array_equal(ours.blocks(name), reference.blocks(name)) for name in ours.tensors)
+
+
 def test_old_buffers_and_a_head_stored_twice_are_left_out(tmp_path):
     model = build(tmp_path / "hf", "gpt_neox", tie_word_embeddings=True)
     names = ("attention__bias", "attention__masked_bias", "attention__rotary_emb__inv_freq")
@@ -532,6 +547,15 @@ def test_folders_without_what_is_needed_are_refused(folder, tmp_path):
         open_source(tmp_path / "empty")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "refused: only safetensors are read, got pytorch_model.bin" in refusal(folder)
+
+
+def test_no_file_of_the_folder_is_overwritten(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    for out in (folder, folder / "model.safetensors", folder / ".." / folder.name / "config.json"):
+        with pytest.raises(ConvertError, match="is the base itself, or a file of it"):
+            export(folder, out)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert export(folder, folder / "model.gguf").exists()
 
 
 def test_a_full_disk_leaves_nothing(folder):

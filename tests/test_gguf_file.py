@@ -255,6 +255,32 @@ def test_gguf_py_reads_what_is_written(alignment: int, tmp_path: Path) -> None:
     assert_same_as_gguf_py(path, {"a", "c"})
 
 
+def test_every_kind_of_value_is_read_back_as_gguf_py_reads_it(tmp_path: Path) -> None:
+    kinds = gguf.GGUFValueType
+    values = {
+        "whole": (7, [kinds.UINT32]),
+        "real": (0.5, [kinds.FLOAT32]),
+        "truth": (True, [kinds.BOOL]),
+        "text": ("ä\n", [kinds.STRING]),
+        "texts": (["", "ä", "b"], [kinds.ARRAY, kinds.STRING]),
+        "none": ([], [kinds.ARRAY, kinds.STRING]),
+        "wholes": ([1, -2, 6], [kinds.ARRAY, kinds.INT32]),
+        "reals": ([-1.5, 0.0], [kinds.ARRAY, kinds.FLOAT32]),
+        "truths": ([True, False], [kinds.ARRAY, kinds.BOOL]),
+        "bytes": (b"\x00\xff\n", [kinds.ARRAY, kinds.UINT8]),
+    }
+    path = tmp_path / "m.gguf"
+    fields = [ARCHITECTURE, *(encode_field(key, value) for key, (value, _) in values.items())]
+    write_gguf(path, fields, [PlannedTensor("a", (3,), F32)], iter([np.zeros((1, 12), np.uint8)]))
+    reader = gguf.GGUFReader(path)
+    with GgufFile(path) as model:
+        for key, (value, types) in values.items():
+            wanted = list(value) if isinstance(value, bytes) else value
+            assert model.get(key) == wanted, key
+            if value != []:
+                assert reader.fields[key].types == types and reader.fields[key].contents() == wanted, key
+
+
 def test_copied_metadata_is_byte_identical_but_for_what_is_replaced(tmp_path: Path) -> None:
     with GgufFile(written_by_gguf_py(tmp_path / "m.gguf")) as source:
         content = (tmp_path / "m.gguf").read_bytes()

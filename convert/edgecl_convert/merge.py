@@ -84,8 +84,9 @@ def merge(
     """
     if rounding not in ROUNDINGS:
         raise UnsupportedError(f"rounding must be one of {', '.join(ROUNDINGS)}; got {rounding}")
-    if Path(out).resolve() == base.path.resolve():
-        raise ConvertError(f"{out}: is the base itself, which is never overwritten; give another output")
+    target, source = Path(out).resolve(), base.path.resolve()
+    if target == source or (target.parent == source and target.suffix != ".gguf"):
+        raise ConvertError(f"{out}: is the base itself, or a file of it, which is never overwritten; give another output")
     start = time.perf_counter()
     recipe = Recipe.named(quant)
     if adapter is not None:

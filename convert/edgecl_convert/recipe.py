@@ -100,14 +100,14 @@ def fallback(qtype: QType, n_per_row: int) -> QType:
 
 
 def _q4_k_m(info: TensorInfo, n_layer: int, tied: bool) -> QType:
-    """Q4_K, with Q6_K for the head, and for attn_v and ffn_down of the layers llama.cpp gives more bits.
+    """Q4_K, with Q6_K for the head, and for attn_v (or a fused attn_qkv) and ffn_down of the layers llama.cpp gives more bits.
 
     Source:
         llama.cpp, src/llama-quant.cpp: the first and last eighth of the layers, and every third between them.
     """
     if info.name == ("token_embd.weight" if tied else "output.weight"):
         return QType.Q6_K
-    if any(part in info.name for part in (".attn_v.", ".ffn_down.")):
+    if any(part in info.name for part in (".attn_v.", ".attn_qkv.", ".ffn_down.")):
         layer = int(info.name.split(".")[1])
         eighth = n_layer // 8
         if layer < eighth or layer >= 7 * n_layer // 8 or (layer - eighth) % 3 == 2:
