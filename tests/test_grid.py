@@ -9,11 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecl_convert import ConvertError
-from edgecl_convert.ggml import Bytes, F32Array, QType, dequantize, quantize
+from edgecl_convert.ggml import Bytes, F32Array, QType, block_size, dequantize, quantize
 from edgecl_convert.grid import GRID_TYPES, add_on_grid, dither
 
-N_PER_ROW = 64
-SCALE_BYTES = {QType.Q4_0: 2, QType.Q4_1: 4, QType.Q8_0: 2}
+N_PER_ROW = 256
+F16 = np.dtype("<f2")
+# where a block keeps its float16 values, the codes' low four (Q8_0: eight) bits, and their high bits; the rest is whole scales
+PLACES = {
+    QType.Q4_0: (18, slice(0, 2), slice(2, 18), slice(0, 0)),
+    QType.Q4_1: (20, slice(0, 4), slice(4, 20), slice(0, 0)),
+    QType.Q5_0: (22, slice(0, 2), slice(6, 22), slice(2, 6)),
+    QType.Q5_1: (24, slice(0, 4), slice(8, 24), slice(4, 8)),
+    QType.Q8_0: (34, slice(0, 2), slice(2, 34), slice(0, 0)),
+    QType.Q4_K: (144, slice(0, 4), slice(16, 144), slice(0, 0)),
+    QType.Q5_K: (176, slice(0, 4), slice(48, 176), slice(16, 48)),
+    QType.Q6_K: (210, slice(208, 210), slice(0, 128), slice(128, 192)),
+}
 
 grid_types = pytest.mark.parametrize("qtype", GRID_TYPES, ids=lambda t: t.name)
 
@@ -24,26 +35,40 @@ def model(qtype: QType, rows: int = 64, seed: int = 0) -> Bytes:
 
 
 def by_block(blocks: Bytes, qtype: QType) -> Bytes:
-    return blocks.reshape(-1, blocks.size // (len(blocks) * N_PER_ROW // 32))
+    return blocks.reshape(-1, PLACES[qtype][0])
+
+
+def with_codes(blocks: Bytes, qtype: QType, end: bool) -> Bytes:
+    """The same blocks with every code at the lower or upper end of its range."""
+    out, (_, _, low, high) = blocks.copy(), PLACES[qtype]
+    by_block(out, qtype)[:, low] = by_block(out, qtype)[:, high] = 0xFF if end else 0
+    if qtype == QType.Q8_0:  # two's complement
+        by_block(out, qtype)[:, low] ^= 0x80
+    return out
 
 
 def steps(blocks: Bytes, qtype: QType) -> F32Array:
-    """The (rows, N_PER_ROW) step of every weight's block."""
-    step = by_block(blocks, qtype)[:, :2].copy().view(np.float16).astype(np.float32)  # (blocks, 1)
-    return np.repeat(step, 32, axis=1).reshape(len(blocks), N_PER_ROW)
+    """The (rows, N_PER_ROW) step of every weight: what ggml makes of the ends of its code's range, nothing of ours."""
+    n_codes = 256 if qtype == QType.Q8_0 else 2 ** int(qtype.name[1])
+    first, last = (dequantize(with_codes(blocks, qtype, end), qtype, N_PER_ROW).astype(np.float64) for end in (False, True))
+    return ((last - first) / (n_codes - 1)).astype(np.float32)
 
 
-def mid_range(qtype: QType, rows: int) -> Bytes:
-    """Blocks whose codes are in the middle of their range, where nothing is clipped; steps of both signs."""
+def mid_range(qtype: QType, rows: int, size: tuple[float, float] = (0.01, 0.1)) -> Bytes:
+    """Blocks of random codes that can move by four either way without being clipped; steps of both signs, none of them 0."""
     rng = np.random.default_rng(1)
-    n = rows * N_PER_ROW // 32
-    scales = rng.uniform(0.01, 0.1, (n, SCALE_BYTES[qtype] // 2)) * rng.choice([-1, 1], (n, 1))
-    codes = (
-        rng.integers(-60, 60, (n, 32)).astype(np.int8).view(np.uint8)
-        if qtype == QType.Q8_0
-        else rng.integers(5, 11, (n, 16), np.uint8) | rng.integers(5, 11, (n, 16), np.uint8) << 4
-    )
-    return np.concatenate([scales.astype(np.float16).view(np.uint8), codes], axis=1).reshape(rows, -1)
+    n_bytes, floats, low, high = PLACES[qtype]
+    n = rows * N_PER_ROW // block_size(qtype)
+    out = rng.integers(0, 256, (n, n_bytes), np.uint8) | np.uint8(1)  # whole scales that are not 0
+    scales = rng.uniform(*size, (n, (floats.stop - floats.start) // 2)) * rng.choice([-1, 1], (n, 1))
+    out[:, floats] = scales.astype(F16).view(np.uint8)
+    out[:, high] = rng.integers(0, 256, (n, high.stop - high.start), np.uint8)
+    shape = (n, low.stop - low.start)
+    if qtype == QType.Q8_0:
+        out[:, low] = rng.integers(-60, 60, shape).astype(np.int8).view(np.uint8)
+    else:
+        out[:, low] = rng.integers(5, 11, shape, np.uint8) | rng.integers(5, 11, shape, np.uint8) << 4
+    return out.reshape(rows, -1)
 
 
 def moves(blocks: Bytes, after: Bytes, qtype: QType) -> F32Array:
@@ -63,7 +88,7 @@ def test_no_update_changes_no_byte(qtype: QType, zero: float) -> None:
 @grid_types
 @pytest.mark.parametrize("share", [0.03, -0.03, 0.25, 0.5, -0.75, 1.4, -2.2])
 def test_rounding_is_unbiased_everywhere_in_the_block(qtype: QType, share: float) -> None:
-    blocks = mid_range(qtype, 4096)
+    blocks = mid_range(qtype, 1024)
     update = steps(blocks, qtype) * np.float32(share)
     moved = moves(blocks, add_on_grid(blocks, qtype, update, "blk.0.attn_q.weight"), qtype)
     whole = np.round(moved)
@@ -71,29 +96,59 @@ def test_rounding_is_unbiased_everywhere_in_the_block(qtype: QType, share: float
     assert set(np.unique(whole)) == {np.floor(share), np.ceil(share)}
     spread = np.sqrt((share % 1) * (1 - share % 1))  # of one weight
     assert abs(whole.mean() - share) < 5 * spread / np.sqrt(whole.size)
-    by_place = whole.reshape(-1, 32).mean(0)
-    assert np.abs(by_place - share).max() < 5 * spread / np.sqrt(whole.size / 32)
+    by_place = whole.mean(0)  # in the row: one block of a K-quant, eight of the others
+    assert np.abs(by_place - share).max() < 5 * spread / np.sqrt(len(whole))
     assert np.isclose(whole.std(), spread, rtol=0.05)
 
 
 @grid_types
 def test_the_mean_over_many_small_updates_is_the_update(qtype: QType) -> None:
     """A weight's own update differs from its neighbours': the projection on the update is what a merge must keep."""
-    blocks = model(qtype, rows=4096)
-    update = np.random.default_rng(2).standard_normal((4096, N_PER_ROW), np.float32) * np.float32(0.01)
+    blocks = model(qtype, rows=2048)
+    update = np.random.default_rng(2).standard_normal((2048, N_PER_ROW), np.float32) * np.float32(0.01)
     change = dequantize(add_on_grid(blocks, qtype, update, "w"), qtype, N_PER_ROW) - dequantize(blocks, qtype, N_PER_ROW)
     survival = np.vdot(change, update) / np.vdot(update, update)
     assert 0.9 < survival < 1.1
 
 
 @grid_types
-def test_scales_never_change(qtype: QType) -> None:
-    blocks = model(qtype)
-    update = np.random.default_rng(0).standard_normal((64, N_PER_ROW), np.float32)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([0.01, 1.0, 30.0]))
+def test_only_code_bits_change_and_ggml_reads_the_moved_codes(qtype: QType, seed: int, size: float) -> None:
+    """On any bytes: zero scales, steps of both signs, codes at the ends of their range."""
+    rng = np.random.default_rng(seed)
+    n_bytes, floats, low, high = PLACES[qtype]
+    blocks = rng.integers(0, 256, (8 * N_PER_ROW // block_size(qtype), n_bytes), np.uint8)
+    scales = rng.normal(0, 0.1, (len(blocks), (floats.stop - floats.start) // 2)) * (rng.random((len(blocks), 1)) < 0.9)
+    blocks[:, floats] = scales.astype(F16).view(np.uint8)
+    blocks = blocks.reshape(8, -1)
+    step = steps(blocks, qtype).astype(np.float64)
+    update = (step * rng.standard_normal(step.shape) * size).astype(np.float32)
     after = add_on_grid(blocks, qtype, update, "w")
-    n = SCALE_BYTES[qtype]
-    np.testing.assert_array_equal(by_block(after, qtype)[:, :n], by_block(blocks, qtype)[:, :n])
-    assert after.shape == blocks.shape and not np.array_equal(after, blocks)
+
+    changed = by_block(after ^ blocks, qtype).any(0)
+    changed[low] = changed[high] = False
+    assert not changed.any() and not np.array_equal(after, blocks)
+
+    first, before, now = (
+        dequantize(b, qtype, N_PER_ROW).astype(np.float64) for b in (with_codes(blocks, qtype, False), blocks, after)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        code = np.where(step == 0, 0, np.round((before - first) / step))
+        move = np.where(step == 0, 0, update / step)
+    n_codes = 256 if qtype == QType.Q8_0 else 2 ** int(qtype.name[1])
+    wanted = np.clip(code + np.floor(move + dither("w", 0, move.size).reshape(move.shape)), 0, n_codes - 1)
+    tolerance = 1e-5 * np.abs(np.stack([first, step * n_codes])).max()
+    differs = np.abs(first + wanted * step - now) > tolerance + 1e-4 * np.abs(step)
+    assert differs.mean() < 1e-3  # where move + dither is a whole number but for the last bit of a float32
+    assert np.abs((first + wanted * step - now)[differs]).max(initial=0) < 1.01 * np.abs(step).max()
+
+
+@grid_types
+def test_steps_as_small_as_float16_has_them_move_alike(qtype: QType) -> None:
+    blocks = mid_range(qtype, 64, size=(6e-8, 6e-7))
+    moved = moves(blocks, add_on_grid(blocks, qtype, steps(blocks, qtype) * np.float32(1.5), "w"), qtype)
+    assert set(np.unique(np.round(moved))) == {1, 2} and np.abs(moved - np.round(moved)).max() < 0.01
 
 
 @grid_types
@@ -138,24 +193,42 @@ def test_codes_stop_at_the_ends_of_their_range(qtype: QType, sign: int) -> None:
     for blocks in (mid_range(qtype, 8), model(qtype, 8)):
         for size in (300, 1e6, 1e30):
             after = add_on_grid(blocks, qtype, steps(blocks, qtype) * np.float32(sign * size), "w")
-            codes = by_block(after, qtype)[:, SCALE_BYTES[qtype] :]
-            ends = {QType.Q8_0: (127, 0x80)}.get(qtype, (0xFF, 0x00))
-            assert set(codes.flat) == {ends[0] if sign > 0 else ends[1]}
+            np.testing.assert_array_equal(after, with_codes(blocks, qtype, sign > 0))
 
 
 @grid_types
 def test_a_block_of_zero_scale_stays(qtype: QType) -> None:
     blocks = model(qtype)
-    by_block(blocks, qtype)[3, :2] = 0
+    by_block(blocks, qtype)[3, PLACES[qtype][1]] = 0
     after = add_on_grid(blocks, qtype, np.ones((64, N_PER_ROW), np.float32), "w")
     np.testing.assert_array_equal(by_block(after, qtype)[3], by_block(blocks, qtype)[3])
+    assert not np.array_equal(by_block(after, qtype)[4], by_block(blocks, qtype)[4])
+
+
+@pytest.mark.parametrize(
+    ("qtype", "zeroed", "group"),
+    [
+        (QType.Q4_K, [4 + 2], slice(64, 96)),
+        (QType.Q5_K, [4 + 1, 12 + 1], slice(160, 192)),  # the sixth scale lies in two bytes, beside the second's
+        (QType.Q6_K, [192 + 5], slice(80, 96)),
+    ],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_a_group_of_zero_scale_stays(qtype: QType, zeroed: list[int], group: slice) -> None:
+    blocks = mid_range(qtype, 4)
+    blocks[:, zeroed] = 0
+    still = steps(blocks, qtype) == 0
+    assert still[:, group].all()
+    after = add_on_grid(blocks, qtype, np.full(still.shape, 1e3, np.float32), "w")
+    np.testing.assert_array_equal(dequantize(after, qtype, N_PER_ROW) == dequantize(blocks, qtype, N_PER_ROW), still)
 
 
 @grid_types
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_scales_and_updates_that_are_not_finite_are_refused(qtype: QType, value: float) -> None:
     update = np.zeros((64, N_PER_ROW), np.float32)
-    for at in range(0, SCALE_BYTES[qtype], 2):
+    floats = PLACES[qtype][1]
+    for at in range(floats.start, floats.stop, 2):
         blocks = model(qtype)
         by_block(blocks, qtype)[3, at : at + 2] = np.array([value], np.float16).view(np.uint8)
         with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
