@@ -1,6 +1,6 @@
 """The conversion stage, usable alone: Hugging Face folder or GGUF in, GGUF out, adapters merged; imports nothing of edgecl.
 
-Opens neither torch nor llama_cpp: ggml's kernels are called by path.
+Opens neither torch nor llama_cpp: ggml's kernels are called by path. Only a probe runs llama.cpp, in a child process.
 """
 
 from .adapter import (
@@ -16,6 +16,9 @@ from .errors import AdapterError, ConvertError, GgufError, UnsupportedError
 from .gguf_file import GgufFile
 from .hf_model import HfModel
 from .merge import MergeReport, merge, update_survival
+from .probe import ProbeReport, check_probeable, probe
+from .probe_plot import check_plot
+from .probe_plot import draw as draw_probes
 from .recipe import resolve_quant
 from .source import Source, open_source
 
@@ -27,12 +30,17 @@ __all__ = [
     "GgufFile",
     "HfModel",
     "MergeReport",
+    "ProbeReport",
     "Source",
     "UnsupportedError",
     "atomic_file",
+    "check_plot",
+    "check_probeable",
+    "draw_probes",
     "fsync_folder",
     "merge",
     "open_source",
+    "probe",
     "read_adapter",
     "read_gguf_adapter",
     "read_peft_adapter",

@@ -59,7 +59,7 @@ class Recipe:
 
     def wanted(self, info: TensorInfo, n_layer: int, tied: bool) -> QType:
         """Return the type that one tensor would get if its rows were of any length."""
-        if self.quant == KEEP or len(info.shape) < 2 or "_norm" in info.name or not info.name.endswith(".weight"):
+        if self.quant == KEEP or not is_weight(info):
             return info.qtype
         return _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
 
@@ -72,6 +72,11 @@ class Recipe:
             if name and name in LlamaFileType.__members__:
                 return int(LlamaFileType[name])
         return None
+
+
+def is_weight(info: TensorInfo) -> bool:
+    """Return whether a tensor is a weight matrix, which recipes give a type; norms and other vectors keep theirs."""
+    return len(info.shape) > 1 and "_norm" not in info.name and info.name.endswith(".weight")
 
 
 def resolve_quant(quant: str, source: Source) -> str:

@@ -1,0 +1,147 @@
+"""Nats per token of a text, measured in llama.cpp in a child process.
+
+llama.cpp can end the whole process on a model that it does not like, and keeps its memory for itself; a child gives both
+back. The parent sends one JSON object on stdin, the child answers with one on stdout: {"nats": [...]} or {"error": "..."}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConvertError
+from .ggml import default_threads
+from .gguf_file import GgufFile
+
+WINDOW = 512  # tokens that are read together; each window starts afresh
+_BATCH = 128  # tokens whose logits are in memory at once: 134 MB for a vocabulary of 262,144
+
+
+def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[np.float64]:
+    """Return the negative log-likelihood of each token of `text`, but for the first of a window that nothing precedes.
+
+    Weights are as the file has them, the KV cache is F32. Perplexity is exp of the mean.
+
+    Raises:
+        ConvertError: llama.cpp cannot load or run the model, or the text has fewer than two tokens.
+    """
+    with GgufFile(model) as gguf:  # llama.cpp aborts on some malformed files
+        window = min(WINDOW, int(gguf.get(f"{gguf.architecture}.context_length", WINDOW)))
+    request = {"model": str(model), "text": text, "window": window, "n_threads": n_threads or _threads()}
+    roots = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", "from edgecl_convert.perplexity import main; main()"],
+        input=json.dumps(request).encode(),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))},
+        capture_output=True,
+        check=False,
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no word"])[-1]
+        raise ConvertError(f"llama.cpp ended with exit code {done.returncode}: {last}") from None
+    if "error" in answer:
+        raise ConvertError(answer["error"])
+    return np.array(answer["nats"], np.float64)
+
+
+def _threads() -> int:
+    """Return OMP_NUM_THREADS, or every core: llama.cpp's threads wait by spinning, and crawl where another program computes."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(wanted), default_threads()) if wanted.isdecimal() and int(wanted) else default_threads()
+
+
+# --- the child --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    try:
+        answer: dict[str, Any] = {"nats": _measure(**request)}
+    except ConvertError as error:
+        answer = {"error": str(error)}
+    json.dump(answer, sys.stdout)
+
+
+def _measure(model: str, text: str, window: int, n_threads: int) -> list[float]:
+    import llama_cpp
+
+    complaints: list[str] = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep(level: int, line: bytes, _user: object) -> None:
+        if level == 4:  # errors; the first one says why
+            complaints.append(line.decode("utf-8", "replace").strip())
+
+    llama_cpp.llama_log_set(keep, None)
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    # llama.cpp's AMX kernels end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824)
+    params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+    handle = llama_cpp.llama_model_load_from_file(model.encode(), params)
+    if not handle:
+        raise ConvertError(f"llama.cpp could not load this model: {(complaints or ['no word'])[0]}")
+    vocab = llama_cpp.llama_model_get_vocab(handle)
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = window
+    settings.n_batch = settings.n_ubatch = min(_BATCH, window)
+    settings.n_threads = settings.n_threads_batch = n_threads
+    settings.type_k = settings.type_v = 0  # F32: the gap is the weights' alone
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama_cpp.llama_init_from_model(handle, settings)
+    if not context:
+        raise ConvertError(f"llama.cpp could not make a context: {(complaints or ['no word'])[0]}")
+    head = [llama_cpp.llama_vocab_bos(vocab)] if llama_cpp.llama_vocab_get_add_bos(vocab) else []
+    tokens, per_window = _encode(vocab, text), window - len(head)
+    nats: list[float] = []
+    for first in range(0, len(tokens), per_window):
+        nats += _window_nats(context, head + tokens[first : first + per_window], llama_cpp.llama_vocab_n_tokens(vocab))
+    if not nats:
+        raise ConvertError(f"the text has {len(tokens)} tokens; give one of some hundred words")
+    return nats
+
+
+def _encode(vocab: Any, text: str) -> list[int]:
+    import llama_cpp
+
+    data = text.encode("utf-8")
+    buffer = (llama_cpp.llama_token * (len(data) + 8))()
+    n = llama_cpp.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, False)
+    if n < 0:
+        raise ConvertError(f"llama.cpp could not tokenize a text of {len(data)} bytes")
+    return list(buffer[:n])
+
+
+def _window_nats(context: Any, tokens: list[int], n_vocab: int) -> list[float]:
+    import llama_cpp
+
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    size = llama_cpp.llama_n_batch(context)
+    batch = llama_cpp.llama_batch_init(size, 0, 1)
+    nats = []
+    try:
+        for first in range(0, len(tokens) - 1, size):
+            chunk = tokens[first : min(first + size, len(tokens) - 1)]
+            batch.n_tokens = len(chunk)
+            for i, token in enumerate(chunk):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
+                batch.seq_id[i][0], batch.logits[i] = 0, True
+            if status := llama_cpp.llama_decode(context, batch):
+                raise ConvertError(f"llama.cpp could not compute {len(chunk)} tokens (status {status})")
+            for i in range(len(chunk)):
+                logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (n_vocab,))
+                top = float(logits.max())
+                total = float(np.exp(logits - top).sum(dtype=np.float64))
+                nats.append(top + float(np.log(total)) - float(logits[tokens[first + i + 1]]))
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    return nats
