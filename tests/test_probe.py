@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from edgecl.engine import VocabFile
-from edgecl_convert import ConvertError, GgufFile, UnsupportedError, probe, write_gguf_adapter
+from edgecl_convert import ConvertError, GgufFile, HfModel, UnsupportedError, merge, probe, write_gguf_adapter
 from edgecl_convert.ggml import F32Array, QType, dequantize, quantize
 from edgecl_convert.perplexity import nats_per_token
 from edgecl_convert.probe import Gap, ProbeReport, _verdict, default_text, round_groups, write_rounded
@@ -216,13 +216,22 @@ def test_a_quantized_model_is_known_by_its_types_and_its_grid(qtype: QType, tmp_
 
 def test_floats_that_were_quantized_once_are_seen_through(tmp_path: Path) -> None:
     path, _ = tiny.build(tmp_path / "a.gguf", qtype=QType.Q4_1)
-    from edgecl_convert import merge
-
     with GgufFile(path) as source:
         merge(source, None, tmp_path / "f16.gguf", "F16")
     report = probed(tmp_path / "f16.gguf")
     assert not report.quantized and report.on_grid["Q4_1"] == 1 and report.erased == 1
     assert "would be erased" in report.verdict
+
+
+def test_a_folder_is_probed_as_its_gguf_file_is(models: dict[str, Path], of_float: ProbeReport, tmp_path: Path) -> None:
+    tiny.torch_model(tiny.Tiny()).save_pretrained(tmp_path / "hf")
+    with GgufFile(models["F32"]) as made:
+        vocabulary = {key: made.get(key) for key in made.keys if key.startswith("tokenizer.")}
+    with HfModel(tmp_path / "hf", vocabulary) as source:
+        report = probe(source, TEXT, group_size=32)
+    assert report.model == str(tmp_path / "hf") and report.verdict == of_float.verdict
+    for key, gap in report.gaps.items():
+        assert gap.percent == pytest.approx(of_float.gaps[key].percent, abs=1e-3)
 
 
 def test_k_quants_are_tried_where_int4_means_them(tmp_path: Path) -> None:
@@ -316,7 +325,8 @@ def test_the_command_prints_a_table_of_80_columns_and_draws(models: dict[str, Pa
     code, out, error = run(models["Q4_1"], long_name, "--text", tmp_path / "text.txt", "--plot", picture, temporary=temporary)
     assert (code, error) == (0, "")
     lines = out.splitlines()
-    assert max(map(len, lines[:-1])) <= 80 and "…" not in "".join(lines[:3])
+    assert max(map(len, lines[:-1])) <= 80
+    assert "".join(lines[:5]).count("…") == 1 and lines[4].startswith("a-long-name-a-lon… ")
     assert sum(line.startswith("This model is INT4 already") for line in lines) == 1
     assert lines[-1] == f"written: {picture}" and picture.read_bytes().startswith(b"\x89PNG")
 

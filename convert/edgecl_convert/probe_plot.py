@@ -62,11 +62,11 @@ def _bars(axis: Any, report: ProbeReport) -> None:
     axis.bar(places, percents, yerr=[gap.margin for gap in gaps], color=colours, width=0.6, capsize=3, ecolor="0.35")
     for place, gap in zip(places, gaps, strict=True):
         top = max(gap.percent + gap.margin, 0)
-        axis.annotate(f"{gap.percent:+.1f}%", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        axis.annotate(f"{gap.percent:+.2f}%", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     axis.axhline(0, color="0.2", linewidth=0.8)
     axis.axhline(MAX_GAP_PERCENT, color="tab:red", linewidth=0.8, linestyle=":", label=f"limit of {MAX_GAP_PERCENT:.0f}%")
     _wide_scale(axis, [gap.percent + sign * gap.margin for gap in gaps for sign in (-1, 1)] + [MAX_GAP_PERCENT])
-    axis.set_xticks(places, [gap.how.replace(" groups", "\ngroups") for gap in gaps], fontsize=7)
+    axis.set_xticks(places, [gap.how.replace(" groups ", "\ngroups\n") for gap in gaps], fontsize=8)
     axis.set_ylabel("rise of perplexity, %")
     axis.legend(fontsize=7, loc="upper left")
     axis.set_title(f"{Path(report.model).name[:40]}\nperplexity {report.perplexity:.2f}", fontsize=9)
@@ -97,6 +97,7 @@ def _kurtosis(axis: Any, report: ProbeReport) -> None:
 def _wide_scale(axis: Any, values: Sequence[float]) -> None:
     """Let small and very large values be seen side by side: linear up to 1, logarithmic beyond."""
     low, high = min(0.0, *values), max(0.0, *values)
-    axis.set_yscale("symlog", linthresh=1)
-    axis.set_ylim(1.5 * low - 0.1, 2 * high + 0.2)
-    axis.yaxis.set_major_formatter("{x:g}")
+    if max(-low, high) > 2:
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(1.5 * low - 0.1, 2 * high)
+        axis.yaxis.set_major_formatter("{x:g}")

@@ -69,14 +69,15 @@ def _read(path: Path) -> str:
 
 
 def _print(reports: list[ProbeReport]) -> None:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", max_width=18, no_wrap=True)
     groups = f"groups\nof {reports[0].group_size}"
     for name in ("perplexity", "INT8", "INT4", f"INT8\n{groups}", f"INT4\n{groups}", "median\nkurtosis", "on INT4\ngrid"):
         table.add_column(name, justify="right", no_wrap=True)
     for report in reports:
-        gaps = [f"{report.gaps[key].percent:+.1f}%" for key in ("int8", "int4", "int8_group", "int4_group")]
-        row = [f"{report.perplexity:.2f}", *gaps, f"{report.kurtosis_median:.1f}", f"{report.erased:.0%}"]
+        percents = (report.gaps[key].percent for key in ("int8", "int4", "int8_group", "int4_group"))
+        gaps = [f"{percent:+.{2 if abs(percent) < 10 else 0}f}%" for percent in percents]
+        row = [f"{report.perplexity:.2f}", *gaps, f"{report.kurtosis_median:.2f}", f"{report.erased:.0%}"]
         table.add_row(safe(Path(report.model).name), *row)
     out = console()
     out.print(table, soft_wrap=False)
@@ -92,7 +93,7 @@ def _details(report: ProbeReport) -> list[str]:
     heaviest = max(report.tensors, key=lambda tensor: tensor.kurtosis)
     grids = ", ".join(f"{name} {share:.0%}" for name, share in report.on_grid.items())
     return [
-        f"{Path(report.model).name}: {report.n_weights / 1e6:.0f}M weights ({types})",
+        f"{Path(report.model).name}: {report.n_weights / 1e6:.3g}M weights ({types})",
         f"perplexity {report.perplexity:.2f} on {report.n_tokens} tokens; {gaps}",
         f"excess kurtosis: median {report.kurtosis_median:.2f}, largest {heaviest.kurtosis:.2f} ({heaviest.name})",
         f"on a grid already: {grids}",
