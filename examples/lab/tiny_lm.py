@@ -17,13 +17,15 @@ import platform
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
+Ids = np.ndarray[Any, np.dtype[np.int64]]
 CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 N_VOCAB, T, BATCH = 4096, 256, 16
 END = "<|endoftext|>"
@@ -54,12 +56,12 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+def encode(tokenizer: Tokenizer, texts: list[str]) -> Ids:
     """Return the ids (N,) of texts, one at a time (an encoding is a hundred times its ids), each followed by END."""
     return np.concatenate([np.array(tokenizer.encode(text + END).ids, np.int64) for text in texts])
 
 
-def build(arch: str, width: int, seed: int) -> torch.nn.Module:
+def build(arch: str, width: int, seed: int) -> PreTrainedModel:
     """Return an untrained model: four heads, two of them shared; llama ties its head, qwen3 does not."""
     torch.manual_seed(seed)
     config = CONFIGS[arch](
@@ -75,17 +77,18 @@ def build(arch: str, width: int, seed: int) -> torch.nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
 
 
-def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def loss_of(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     """Return the mean loss in nats per token of (B, T + 1) ids."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
-def fit(model: torch.nn.Module, ids: np.ndarray, steps: int, seed: int) -> None:
+def fit(model: PreTrainedModel, ids: Ids, steps: int, seed: int) -> None:
     """Train on (N,) ids: AdamW, 5% warm-up, cosine to a twentieth."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
@@ -107,7 +110,7 @@ def fit(model: torch.nn.Module, ids: np.ndarray, steps: int, seed: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, ids: np.ndarray, n_windows: int = 64) -> float:
+def evaluate(model: PreTrainedModel, ids: Ids, n_windows: int = 64) -> float:
     """Return the mean loss in nats per token over the first windows of (N,) ids."""
     n = min(n_windows, (len(ids) - 1) // T)
     return float(np.mean([loss_of(model, torch.from_numpy(ids[i * T : i * T + T + 1])[None]).item() for i in range(n)]))
