@@ -71,7 +71,7 @@ def _latency(quant: str, folder: Path, progress: Progress | None) -> dict[str, A
     """Time the untouched base at a quant: the served files have the same shapes and types."""
     path, profile = folder / f"{quant}.gguf", Profile()
     with translated(), GgufFile(find_model(PACKAGED)) as gguf:
-        merge(gguf, None, path, resolve_quant(quant, gguf))
+        merge(gguf, None, path, resolve_quant(quant, gguf, learned=True))
     request = {"model": str(path), "adapter": None, "repeats": 1, "engine": {"n_ctx": profile.n_ctx}}
     result, peak = run_stage("bench", request, Limits(profile.ram_bytes, 60 * profile.minutes), progress)
     return result | {"peak_rss_bytes": peak, "model_bytes": path.stat().st_size}

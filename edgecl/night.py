@@ -190,8 +190,8 @@ class Night:
 
     def _merge_one(self, draft: Path, quant: str) -> tuple[Generation, dict[str, Any]]:
         with GgufFile(self.settings.base) as gguf:
-            qtype = resolve_quant(quant, gguf)
-        path = draft / f"model-{quant if qtype == 'keep' else qtype}.gguf"
+            qtype = resolve_quant(quant, gguf, learned=True)
+        path = draft / f"model-{quant if qtype.startswith('keep') else qtype}.gguf"
         request = {
             "base": self.settings.base,
             "adapter": str(draft / "adapter.gguf"),

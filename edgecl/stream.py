@@ -234,7 +234,7 @@ class _Run:
         """Write the base, with an adapter or without, at a quant, beside the generations; it is measured, never served."""
         path = self.home / f"{quant}-{'base' if not adapter else 'wide'}.gguf"
         with translated(), GgufFile(learner.settings.base) as gguf:
-            qtype = resolve_quant(quant, gguf)
+            qtype = resolve_quant(quant, gguf, learned=bool(adapter))
         request = {"base": learner.settings.base, "adapter": adapter, "out": str(path), "quant": qtype}
         run_stage("merge", request, learner.limits(), self.progress)
         return unpublished(path.parent, path, None)

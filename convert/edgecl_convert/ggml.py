@@ -105,6 +105,12 @@ def row_bytes(qtype: QType, n_per_row: int) -> int:
     return n_per_row // weights * size
 
 
+def bits_per_weight(qtype: QType) -> float:
+    """Return the bits that one weight takes, its share of the scales included."""
+    weights, size = GGML_QUANT_SIZES[qtype]
+    return float(8 * size / weights)
+
+
 def default_threads() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -34,7 +34,7 @@ from .ggml import (
 )
 from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, encode_field, write_gguf
 from .grid import GRID_TYPES, add_on_grid
-from .recipe import KEEP, Recipe
+from .recipe import KEEP, KEEP_KV8, Recipe
 from .source import Source
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -117,7 +117,7 @@ def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[byt
     file_type = recipe.file_type(base)
     fields = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))
     is_quantized = any(tensor.qtype not in FLOAT_TYPES for tensor in plan)
-    if recipe.quant != KEEP and is_quantized and _VERSION_KEY not in base.keys:
+    if recipe.quant not in (KEEP, KEEP_KV8) and is_quantized and _VERSION_KEY not in base.keys:
         fields.append(encode_field(_VERSION_KEY, GGML_QUANT_VERSION))
     return fields
 

@@ -65,7 +65,7 @@ def merge(base: Path, adapter: Path, out: Path, quant: str, rounding: str, force
         lora = read_adapter(adapter, gguf)
         if lora.base_sha256:
             lora.check_hash(sha256_file(base))
-        qtype = resolve_quant(quant, gguf)
+        qtype = resolve_quant(quant, gguf, learned=True)
         report = merge_files(gguf, lora, out, qtype, rounding, progress=_stage(progress, "merge"))
         with GgufFile(out) as merged:
             kept = update_survival(gguf, lora, merged)
