@@ -98,8 +98,8 @@ def run_stage(
 def _how_it_ended(code: int, log: str) -> str:
     last = log.strip().splitlines()[-1] if log.strip() else "no word"
     if code < 0:
-        return f"the process was killed by signal {-code} ({last}); the night is refused"
-    return f"the process ended with exit code {code} ({last}); the night is refused"
+        return f"the process was killed by signal {-code} ({last})"
+    return f"the process ended with exit code {code} ({last})"
 
 
 class _Watch:

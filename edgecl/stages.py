@@ -1,4 +1,4 @@
-"""The stages of a night that load a model, each run in a child process: train, merge, measure.
+"""What loads a model, each run in a child process: train, merge and measure of a night; bench and verify.
 
 `python -m edgecl.stages STAGE` reads one JSON object from stdin and writes JSON lines to stdout (see `child`). Everything
 that comes in and goes out is paths, numbers and rows, so a stage can be run by hand on what a log shows.
@@ -20,6 +20,7 @@ from edgecl_convert import (
     GgufFile,
     merge,
     read_gguf_adapter,
+    verify,
     write_gguf_adapter,
     write_peft_adapter,
 )
@@ -118,6 +119,11 @@ def measure_stage(request: Request, report: Report) -> Request:
     return {"scores": scores, "prose": prose, "eval_s": time.perf_counter() - began}
 
 
+def verify_stage(request: Request, report: Report) -> Request:
+    """Compare a written GGUF with what it was made from."""
+    return asdict(verify(request["source"], request["gguf"]))
+
+
 def bench_stage(request: Request, report: Report) -> Request:
     """Time a model in llama.cpp."""
     from .engine import Engine, latency
@@ -126,7 +132,7 @@ def bench_stage(request: Request, report: Report) -> Request:
         return dict(latency(engine, request["repeats"]))
 
 
-STAGES = {"train": train_stage, "merge": merge_stage, "measure": measure_stage, "bench": bench_stage}
+STAGES = {"train": train_stage, "merge": merge_stage, "measure": measure_stage, "bench": bench_stage, "verify": verify_stage}
 
 
 def main() -> None:

@@ -29,8 +29,9 @@ LAYERS = (
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 FREE = {"errors", "edgecl_convert"}
 OWNERS = {  # a dependency is imported by these rooms alone
-    "torch": {"train"},
-    "transformers": {"train"},
+    "torch": {"train", "edgecl_convert"},
+    "transformers": {"train", "edgecl_convert"},
+    "tokenizers": {"edgecl_convert"},
     "peft": set(),
     "llama_cpp": {"engine", "edgecl_convert"},
     "sqlite_utils": {"store", "migrations"},
@@ -44,7 +45,13 @@ OWNERS = {  # a dependency is imported by these rooms alone
     "safetensors": {"edgecl_convert"},
     "threadpoolctl": {"edgecl_convert"},
 }
-HEAVY = ["torch", "transformers", "peft", "llama_cpp", "matplotlib"]
+CONVERT_OWNERS = {  # and within the conversion stage by these files alone, inside functions
+    "torch": {"verify"},
+    "transformers": {"verify"},
+    "tokenizers": {"hf_tokenizer", "pretokenizer"},
+    "llama_cpp": {"llama_model"},
+}
+HEAVY = ["torch", "transformers", "tokenizers", "peft", "llama_cpp", "matplotlib"]
 MODULES = pytest.mark.parametrize("module", FILES)
 
 
@@ -97,6 +104,18 @@ def test_the_conversion_stage_stands_alone_and_every_dependency_has_its_owner(mo
         top = name.split(".")[0]
         assert room not in FREE or room == top or top != "edgecl", f"{module} imports {name}"
         assert room in OWNERS.get(top, {room}), f"{module} imports {name}; only {OWNERS[top]} may"
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if module.startswith("edgecl_convert.")])
+def test_the_conversion_stage_loads_models_in_few_places_and_only_when_asked(module: str) -> None:
+    own = module.split(".")[1]
+    for name in imports(module):
+        top = name.split(".")[0]
+        assert own in CONVERT_OWNERS.get(top, {own}), f"{module} imports {name}; only {CONVERT_OWNERS[top]} may"
+    for node in tree_of(module).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & set(CONVERT_OWNERS), f"{module} imports {names} at its top"
 
 
 @MODULES

@@ -94,7 +94,12 @@ def sentencepiece_bpe(normalizer: Any = None, pre_tokenizer: Any = None) -> dict
 def bos_first(text: str, index: int) -> dict[str, Any]:
     parts = [{"SpecialToken": {"id": text, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     special = {text: {"id": text, "ids": [index], "tokens": [text]}}
-    return {"type": "TemplateProcessing", "single": parts, "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": special}
+    return {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": special,
+    }
 
 
 def metaspace(scheme: str, split: bool = False) -> dict[str, Any]:
@@ -103,7 +108,9 @@ def metaspace(scheme: str, split: bool = False) -> dict[str, Any]:
 
 def gemma() -> dict[str, Any]:
     """As Gemma's: no space in front, runs of newlines and spaces as added tokens, a tab that shares its byte's id."""
-    data = sentencepiece_bpe(REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})
+    data = sentencepiece_bpe(
+        REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    )
     model = data["model"]
     runs = [char * n for char in ("\n", SPACE) for n in range(2, 8)]
     vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<start_of_turn>": 4, "<end_of_turn>": 5}
@@ -115,7 +122,10 @@ def gemma() -> dict[str, Any]:
     scores = {text: -float(i) for i, text in enumerate(dict.fromkeys(merged))}
     model |= {"vocab": vocab, "merges": complete_merges(vocab, scores)}
     special = list(vocab)[:6]
-    data["added_tokens"] = [*(added(i, text) for i, text in enumerate(special)), *(added(vocab[t], t, special=False) for t in runs)]
+    data["added_tokens"] = [
+        *(added(i, text) for i, text in enumerate(special)),
+        *(added(vocab[t], t, special=False) for t in runs),
+    ]
     data["post_processor"] = bos_first("<bos>", 2)
     return data
 

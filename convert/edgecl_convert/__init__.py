@@ -1,6 +1,6 @@
 """The conversion stage, usable alone: Hugging Face folder or GGUF in, GGUF out, adapters merged; imports nothing of edgecl.
 
-Opens neither torch nor llama_cpp: ggml's kernels are called by path. Only a probe runs llama.cpp, in a child process.
+Opens neither torch nor llama_cpp: ggml's kernels are called by path. Only `verify` does, and a probe, in a child process.
 """
 
 from .adapter import (
@@ -21,8 +21,12 @@ from .probe_plot import check_plot
 from .probe_plot import draw as draw_probes
 from .recipe import resolve_quant
 from .source import Source, open_source
+from .torture import TORTURE
+from .verify import VerifyReport, verify
+from .vocab import tokenizer_limits, vocab_fields
 
 __all__ = [
+    "TORTURE",
     "Adapter",
     "AdapterError",
     "ConvertError",
@@ -33,6 +37,7 @@ __all__ = [
     "ProbeReport",
     "Source",
     "UnsupportedError",
+    "VerifyReport",
     "atomic_file",
     "check_plot",
     "check_probeable",
@@ -45,7 +50,10 @@ __all__ = [
     "read_gguf_adapter",
     "read_peft_adapter",
     "resolve_quant",
+    "tokenizer_limits",
     "update_survival",
+    "verify",
+    "vocab_fields",
     "write_atomic",
     "write_gguf_adapter",
     "write_peft_adapter",

@@ -234,7 +234,9 @@ def _served_added(tokenizer: HfTokenizer, served: Served) -> list[dict[str, Any]
             f"llama.cpp finds {hidden[0]} in any text; the tokenizer only where its normalizer leaves it alone"
         )
     if merged:
-        served.limits.append(f"llama.cpp takes a {SPACE} that is written in a text for a space; the tokenizer finds {merged[0]} there")
+        served.limits.append(
+            f"llama.cpp takes a {SPACE} that is written in a text for a space; the tokenizer finds {merged[0]} there"
+        )
     if beyond:
         served.limits.append(
             f"{beyond[0]} and other added tokens beyond config.vocab_size are left out: the model has no row for them"

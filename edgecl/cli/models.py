@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ..child import Progress
-from ..errors import SettingError
+from ..child import Limits, Progress, run_stage
+from ..errors import EdgeclError, SettingError
 from .output import json_option, print_json, progress_bar, size
 
 
@@ -21,9 +24,10 @@ def _check_target(target: Path, force: bool) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--quant", required=True, help="int8, int4, a tensor type (Q8_0, F16 ...) or a mixture (Q4_K_M).")
+@click.option("--verify", "check", is_flag=True, help="Compare TARGET's token ids and logits with SOURCE's afterwards.")
 @click.option("--force", is_flag=True, help="Overwrite TARGET.")
 @json_option
-def convert(source: Path, target: Path, quant: str, force: bool, as_json: bool) -> None:
+def convert(source: Path, target: Path, quant: str, check: bool, force: bool, as_json: bool) -> None:
     """Convert SOURCE, a GGUF file or a Hugging Face folder, to TARGET.gguf."""
     from edgecl_convert import merge, open_source, resolve_quant
 
@@ -36,13 +40,34 @@ def convert(source: Path, target: Path, quant: str, force: bool, as_json: bool) 
         "qtypes": report.qtypes,
         "notes": report.notes,
     }
+    verified = _verify(source, target) if check else None
     if as_json:
-        print_json(facts)
+        print_json(facts | ({"verify": verified} if verified else {}))
     else:
         for note in report.notes:
             click.echo(note, err=True)
         types = ", ".join(f"{n} {name}" for name, n in report.qtypes.items())
         click.echo(f"{target}: {size(report.model_bytes)} in {report.merge_s:.1f} s ({types})")
+    if verified:
+        _say_verified(target, verified, as_json)
+
+
+def _verify(source: Path, target: Path) -> dict[str, Any]:
+    """Return verify's report, made in a child process: what llama.cpp does to it does not end this one."""
+    request = {"source": str(source), "gguf": str(target)}
+    return run_stage("verify", request, Limits(ram_bytes=sys.maxsize, seconds=math.inf))[0]
+
+
+def _say_verified(target: Path, report: dict[str, Any], as_json: bool) -> None:
+    if not report["ok"]:
+        raise EdgeclError(f"{target}: not verified: {report['failure']}")
+    if not as_json:
+        for limit in report["limits"]:
+            click.echo(f"note: {limit}", err=True)
+        click.echo(
+            f"verified: ids of {report['texts']} texts ({report['texts_limited']} as near as llama.cpp can), "
+            f"KLD {report['kld_nats']:.2g} nats, top-1 {report['top1']:.1%} over {report['n_tokens']} tokens"
+        )
 
 
 @click.command()
