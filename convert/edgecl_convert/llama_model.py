@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,6 @@ def _heard(api: Any) -> Iterator[list[str]]:
         yield complaints
     finally:
         api.llama_log_set(before, user)
-
-
-def _why(complaints: list[str]) -> str:
-    return f": {complaints[-1]}" if complaints else ""
 
 
 def _check_vocabulary(gguf: GgufFile) -> None:
@@ -83,10 +79,12 @@ class LlamaModel:
         params.n_gpu_layers, params.vocab_only = 0, vocab_only
         # llama.cpp's AMX kernels end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824)
         params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
-        with _heard(llama_cpp) as complaints:
-            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self._listening = ExitStack()
+        self._complaints = self._listening.enter_context(_heard(llama_cpp))
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise ConvertError(f"{path}: llama.cpp could not load this model{_why(complaints)}")
+            self.close()
+            raise ConvertError(f"{path}: llama.cpp could not load this model{self._why()}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
 
@@ -101,6 +99,10 @@ class LlamaModel:
         if self._model:
             self._api.llama_model_free(self._model)
             self._model = None
+        self._listening.close()
+
+    def _why(self) -> str:
+        return f": {self._complaints[-1]}" if self._complaints else ""
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Return the ids of a text; special tokens written in it are recognized, `add_special` puts bos and eos around it."""
@@ -124,10 +126,9 @@ class LlamaModel:
         settings.n_threads = settings.n_threads_batch = n_threads or default_threads()
         settings.type_k = settings.type_v = _F32
         settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        with _heard(api) as complaints:
-            context = api.llama_init_from_model(self._model, settings)
+        context = api.llama_init_from_model(self._model, settings)
         if not context:
-            raise ConvertError(f"{self.path}: llama.cpp could not make a context of {settings.n_ctx} tokens{_why(complaints)}")
+            raise ConvertError(f"{self.path}: llama.cpp could not make a context of {settings.n_ctx} tokens{self._why()}")
         batch: Any = api.llama_batch_init(_N_BATCH, 0, 1)
         try:
             for first in range(0, len(ids), _N_BATCH):
@@ -137,7 +138,9 @@ class LlamaModel:
                     batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
                     batch.seq_id[i][0], batch.logits[i] = 0, True
                 if status := api.llama_decode(context, batch):
-                    raise ConvertError(f"{self.path}: llama.cpp could not compute {len(part)} tokens (status {status})")
+                    raise ConvertError(
+                        f"{self.path}: llama.cpp could not compute {len(part)} tokens (status {status}){self._why()}"
+                    )
                 pointer = ctypes.cast(api.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
                 yield np.ctypeslib.as_array(pointer, (len(part), self.n_vocab)).copy()
         finally:

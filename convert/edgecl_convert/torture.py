@@ -2,7 +2,8 @@
 
 `TORTURE` is what people write and what breaks converters: code, numbers, many scripts, marks that combine, emoji that join,
 every kind of white space, very long words. `CLASSES` holds one or two characters of each class that a pre-tokenizer can tell
-apart; all strings of up to three of them are what pre-tokenizers are compared on.
+apart; all strings of up to three of them are what pre-tokenizers are compared on. `PLAIN` is ordinary text,
+which a model can predict, for its logits.
 """
 
 from __future__ import annotations
@@ -65,6 +66,28 @@ TORTURE: tuple[str, ...] = (
     "ab" * 150 + "1" * 150 + "." * 150 + " " * 150 + "\n" * 70 + "=" * 80 + "\t" * 40,
     "Mr. and Mrs. O'Brien-Smith (née Jones), of 221B Baker St., paid £1,234.56 on 3/4/'21 @ 5:30p.m.—didn't they?!",
 )
+
+
+PLAIN = """\
+The ferry leaves at seven in the morning and comes back at five in the afternoon. If you miss it, you have to stay on \
+the island until the next day, which is not as bad as it sounds: there is a small hotel near the harbour, and the owner makes \
+very good soup. Last summer my sister and I missed it on purpose. We walked along the beach, talked to the old man who \
+repairs the nets, and watched the sun go down behind the lighthouse. In the evening it began to rain, and everybody sat in \
+the kitchen and told stories until midnight.
+
+How do I count the words of a file in Python? Open the file, read it line by line, split each line at white space, and add up \
+the lengths of the lists:
+
+def count_words(path):
+    total = 0
+    with open(path) as file:
+        for line in file:
+            total += len(line.split())
+    return total
+
+The function returns 0 for an empty file. It does not read the whole file into memory at once, so it can be used for very \
+large files as well.
+"""
 
 
 def probes() -> Iterator[str]:
