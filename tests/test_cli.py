@@ -11,12 +11,14 @@ import os
 import resource
 import shutil
 import sqlite3
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
 from tests import tiny
@@ -267,3 +269,32 @@ def test_a_stream_prints_its_matrix(tmp_path: Path, base: Path) -> None:
     (tmp_path / "test/b.jsonl").write_bytes(b"")
     code, _, error = run(tmp_path / "home2", "stream", tmp_path, "--model", base)
     assert code == 1 and one_line(error, "b.jsonl", "empty")
+
+
+def test_convert_verifies_what_it_wrote(base: Path, tmp_path: Path) -> None:
+    code, out, error = run(tmp_path, "convert", base, tmp_path / "q8.gguf", "--quant", "int8", "--verify", "--json")
+    report = json.loads(out)["verify"]
+    assert code == 0 and error == "" and report["ok"] and report["worst_type"] == "Q8_0" and 0 < report["kld_nats"] < 0.02
+    code, out, _ = run(tmp_path, "convert", base, tmp_path / "f32.gguf", "--quant", "F32", "--verify")
+    assert code == 0 and "verified: ids of" in out and "KLD" in out
+
+
+def test_what_is_not_verified_stays_and_exits_1(tmp_path: Path) -> None:
+    shape = tiny.Tiny("llama")
+    model = tiny.torch_model(shape)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter[:, ::32] *= 50.0  # one weight of a block takes all its codes
+    source, target = tiny.write_model(tmp_path / "outliers.gguf", model, shape), tmp_path / "q4.gguf"
+    code, out, error = run(tmp_path, "convert", source, target, "--quant", "Q4_0", "--verify", "--json")
+    assert code == 1 and one_line(error, str(target), "not verified", "logits differ", "Q4_0")
+    assert json.loads(out)["verify"]["ok"] is False and target.exists()
+
+
+def test_a_file_that_would_end_llama_cpp_is_one_line(base: Path, tmp_path: Path) -> None:
+    two = struct.pack("<Q", 2)
+    source, target = tmp_path / "twice.gguf", tmp_path / "q8.gguf"
+    source.write_bytes(base.read_bytes().replace(two + b"in" + two + b"an", two + b"in" + two + b"in"))
+    code, _, error = run(tmp_path, "convert", source, target, "--quant", "int8", "--verify")
+    assert code == 1 and one_line(error, "same token text at two ids") and target.exists()

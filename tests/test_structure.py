@@ -49,7 +49,7 @@ CONVERT_OWNERS = {  # and within the conversion stage by these files alone, insi
     "torch": {"verify"},
     "transformers": {"verify"},
     "tokenizers": {"hf_tokenizer", "pretokenizer"},
-    "llama_cpp": {"llama_model"},
+    "llama_cpp": {"llama_model", "perplexity"},
 }
 HEAVY = ["torch", "transformers", "tokenizers", "peft", "llama_cpp", "matplotlib"]
 MODULES = pytest.mark.parametrize("module", FILES)

@@ -5,6 +5,7 @@ deviation of 0.2: with the usual 0.02 attention is nearly uniform, and a wrong r
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,8 @@ def torch_model(tiny: Tiny) -> PreTrainedModel:
     return model.eval()
 
 
-def write_model(path: Path, model: PreTrainedModel, tiny: Tiny) -> Path:
-    """Write a model and the tiny vocabulary as GGUF."""
+def write_model(path: Path, model: PreTrainedModel, tiny: Tiny, vocab: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+    """Write a model as GGUF, with the tiny vocabulary or what `vocab` adds."""
     writer = gguf.GGUFWriter(path, tiny.architecture)
     writer.add_context_length(2048)
     writer.add_embedding_length(tiny.width)
@@ -137,7 +138,7 @@ def write_model(path: Path, model: PreTrainedModel, tiny: Tiny) -> Path:
     for key, value in tiny.fields.items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(f"{tiny.architecture}.{key}", value)
-    _add_vocab(writer)
+    (vocab or _add_vocab)(writer)
     _add_tensors(writer, model, tiny)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

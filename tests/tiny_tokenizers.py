@@ -156,9 +156,8 @@ def save(folder: Path, data: dict[str, Any], settings: dict[str, Any] | None = N
     return folder
 
 
-def write_vocab(path: Path, fields: dict[str, Any], **changed: Any) -> Path:
-    """Write fields as a GGUF file without weights; `changed` replaces them by the last part of their names."""
-    writer = gguf.GGUFWriter(path, "llama")
+def add_fields(writer: gguf.GGUFWriter, fields: dict[str, Any], **changed: Any) -> None:
+    """Add fields; `changed` replaces them by the last part of their names."""
     for key, value in fields.items():
         value = changed.get(key.rpartition(".")[2], value)
         if isinstance(value, bool):
@@ -169,6 +168,12 @@ def write_vocab(path: Path, fields: dict[str, Any], **changed: Any) -> Path:
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
+
+
+def write_vocab(path: Path, fields: dict[str, Any], **changed: Any) -> Path:
+    """Write fields as a GGUF file without weights."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add_fields(writer, fields, **changed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

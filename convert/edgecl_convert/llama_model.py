@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from .errors import ConvertError, GgufError
-from .ggml import F32Array, default_threads
+from .ggml import F32Array
 from .gguf_file import GgufFile
+from .perplexity import llama_threads
 
 _F32 = 0  # GGML_TYPE_F32, of the KV cache
 _N_BATCH = 64  # tokens whose logits are in memory at once
@@ -123,7 +124,7 @@ class LlamaModel:
         api = self._api
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = max(len(ids), _N_BATCH), _N_BATCH, _N_BATCH
-        settings.n_threads = settings.n_threads_batch = n_threads or default_threads()
+        settings.n_threads = settings.n_threads_batch = n_threads or llama_threads()
         settings.type_k = settings.type_v = _F32
         settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = api.llama_init_from_model(self._model, settings)

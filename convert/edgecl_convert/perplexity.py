@@ -34,7 +34,7 @@ def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[
     """
     with GgufFile(model) as gguf:  # llama.cpp aborts on some malformed files
         window = min(WINDOW, int(gguf.get(f"{gguf.architecture}.context_length", WINDOW)))
-    request = {"model": str(model), "text": text, "window": window, "n_threads": n_threads or _threads()}
+    request = {"model": str(model), "text": text, "window": window, "n_threads": n_threads or llama_threads()}
     roots = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", "from edgecl_convert.perplexity import main; main()"],
@@ -53,10 +53,10 @@ def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[
     return np.array(answer["nats"], np.float64)
 
 
-def _threads() -> int:
+def llama_threads() -> int:
     """Return OMP_NUM_THREADS, or every core: llama.cpp's threads wait by spinning, and crawl where another program computes."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(wanted), default_threads()) if wanted.isdecimal() and int(wanted) else default_threads()
+    return min(int(wanted), defaultllama_threads()) if wanted.isdecimal() and int(wanted) else defaultllama_threads()
 
 
 # --- the child --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@
 Where the two differ and nothing that GGUF can say would mend it, a sentence in `limits` says so; what would break ordinary
 text is refused.
 
-*Does not cover*: WordPiece and word models, BPE on characters without byte fallback, unigram models with byte fallback.
+*Does not cover*: WordPiece and word models, BPE on characters without byte fallback, unigram models with byte fallback. In
+unigram models with a table of normalization, llama.cpp does as SentencePiece where marks follow digits or signs; the
+tokenizers library does not.
 """
 
 from __future__ import annotations
@@ -203,7 +205,11 @@ def _serve_unigram(tokenizer: HfTokenizer, pre: list[dict[str, Any]]) -> Served:
         _PREFIX,
     ]
     if charsmap:
-        steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode("ascii")})
+        # the library looks up one mark at most of a letter with several, llama.cpp all of them: so they are composed before
+        steps[:0] = [
+            {"type": "NFC"},
+            {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode("ascii")},
+        ]
     data = {**tokenizer.data, "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
     return Served("t5", "default", data, True, charsmap, limits)
 

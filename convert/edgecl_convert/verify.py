@@ -34,7 +34,7 @@ _AROUND = 4  # ids shown before and after a difference
 # Most KLD in nats, least top-1 agreement: several times what SmolLM2-135M shows, a small model, which suffers more than large
 # ones. Activations are rounded as well: to the type of the weights, or to 8 bits.
 _FLOAT_BOUNDS = {QType.F32: (1e-5, 0.995), QType.F16: (1e-4, 0.99), QType.BF16: (1e-3, 0.98)}
-_BOUNDS = ((8.0, 0.02, 0.95), (5.25, 0.25, 0.75), (4.0, 1.0, 0.6), (3.0, 2.0, 0.4), (0.0, 4.0, 0.2))  # from that many bits on
+_BOUNDS = ((8.0, 0.02, 0.9), (5.25, 0.25, 0.7), (4.0, 1.0, 0.5), (3.0, 2.0, 0.3), (0.0, 4.0, 0.1))  # from that many bits on
 
 
 @dataclass
