@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import hf_models
 import pytest
 import tiny
-from tiny_tokenizers import add_fields, added, byte_level, save, sentencepiece_bpe, write_vocab
+from tiny_tokenizers import add_fields, added, byte_level, gemma, metaspace, save, sentencepiece_bpe, write_vocab
 
-from edgecl_convert import TORTURE, ConvertError, GgufError, GgufFile, merge, verify, vocab_fields
+from edgecl_convert import TORTURE, ConvertError, GgufError, GgufFile, merge, open_source, verify, vocab_fields
 from edgecl_convert.ggml import QType
 from edgecl_convert.verify import bounds_of
 
@@ -81,6 +82,40 @@ def test_a_gguf_is_verified_against_a_gguf(built: Built, tmp_path: Path) -> None
     assert report.worst_type == "Q8_0" and report.kld_nats is not None and report.kld_nats > 1e-6
     back = verify(tmp_path / "q8.gguf", path, n_threads=1)  # a source that rounds is not held against its float copy
     assert back.ok and back.worst_type == "Q8_0"
+
+
+def neox() -> dict[str, Any]:
+    """As Pythia's: composed first, runs of spaces as added tokens."""
+    data = byte_level(GPT2) | {"normalizer": {"type": "NFC"}}
+    n = len(data["model"]["vocab"]) + len(data["added_tokens"])
+    runs = [added(n + i, " " * (24 - i), special=False, normalized=True) for i in range(22)]
+    return data | {"added_tokens": data["added_tokens"] + runs}
+
+
+@pytest.mark.parametrize(
+    ("family", "data"),
+    [
+        ("llama", sentencepiece_bpe()),
+        ("mistral", sentencepiece_bpe(None, metaspace("first"))),
+        ("qwen3", byte_level(GPT2)),
+        ("gemma3", gemma()),
+        ("gpt_neox", neox()),
+    ],
+)
+def test_a_folder_is_converted_and_verified_with_its_own_tokenizer(family: str, data: dict[str, Any], tmp_path: Path) -> None:
+    folder, path = tmp_path / "hf", tmp_path / "out.gguf"
+    n_used = max([*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"])]) + 1
+    hf_models.build(folder, family, vocab_size=n_used + 10)
+    config = json.loads((folder / "config.json").read_text())
+    save(folder, data, **config)
+    with open_source(folder) as source:
+        merge(source, None, path, "F32")
+    report = verify(folder, path, n_threads=1)
+    assert report.ok, report.failure
+    assert report.kld_nats is not None and report.texts_wrong == 0 and bool(report.texts_limited) <= bool(report.limits)
+    first = data["added_tokens"].pop(0)["content"]
+    save(folder, data, **config)
+    assert verify(folder, path, [f"x{first}y"], n_tokens=0).text == f"x{first}y"
 
 
 def test_other_texts_can_be_given_and_logits_left_out(built: Built, tmp_path: Path) -> None:

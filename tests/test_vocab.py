@@ -317,6 +317,11 @@ def test_special_ids(settings: dict[str, Any], config: dict[str, Any], wanted: d
     assert found == {name: n + i for name, i in wanted.items()}
 
 
+def test_the_bos_that_is_added_goes_before_config_jsons(tmp_path: Path) -> None:
+    folder = save(tmp_path / "hf", sentencepiece_bpe(), bos_token_id=7)
+    assert field(folder, "bos_token_id") == 1
+
+
 @pytest.mark.parametrize(("flag", "wanted"), [(None, True), (True, True), (False, False)])
 def test_bos_is_added_as_the_tokenizer_does(flag: bool | None, wanted: bool, tmp_path: Path) -> None:
     settings = {"eos_token": "</s>"} | ({} if flag is None else {"add_bos_token": flag})

@@ -56,7 +56,7 @@ def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[
 def llama_threads() -> int:
     """Return OMP_NUM_THREADS, or every core: llama.cpp's threads wait by spinning, and crawl where another program computes."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(wanted), defaultllama_threads()) if wanted.isdecimal() and int(wanted) else defaultllama_threads()
+    return min(int(wanted), default_threads()) if wanted.isdecimal() and int(wanted) else default_threads()
 
 
 # --- the child --------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def verify(
     Args:
         source: a Hugging Face folder, or a GGUF file.
         texts: for the token ids; the logits are computed on a text of their own.
-        n_tokens: of that text, 0 to compare ids only.
+        n_tokens: of that text, as far as the model's context reaches; 0 to compare ids only.
         n_threads: of llama.cpp, 0 for every core.
 
     Raises:
@@ -94,7 +94,8 @@ def verify(
     _set_bounds(report, [gguf] if source.is_dir() else [gguf, source])
     prompt = _compare_tokens(report, source, gguf, texts)
     if n_tokens:
-        ids = prompt[:n_tokens]
+        with GgufFile(gguf) as file:
+            ids = prompt[: min(n_tokens, int(file.get(f"{file.architecture}.context_length", n_tokens)))]
         with LlamaModel(gguf) as model:
             if max(ids) >= model.n_vocab:
                 report.fail(f"id {max(ids)} is beyond the {model.n_vocab} tokens of {gguf}")

@@ -243,8 +243,8 @@ def _added_around(tokenizer: HfTokenizer, special: dict[str, int]) -> dict[str, 
     around = {"bos": ids[:at], "eos": ids[at + 1 :]}
     flags = {}
     for name, added in around.items():
-        if len(added) == 1:
-            special.setdefault(name, added[0])
+        if len(added) == 1 and not tokenizer.settings.get(f"{name}_token"):  # it knows better than config.json
+            special[name] = added[0]
         explicit = tokenizer.settings.get(f"add_{name}_token")
         if explicit is None and added not in ([], [special.get(name)]):
             raise UnsupportedError(
