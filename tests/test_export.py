@@ -620,7 +620,6 @@ def edgecl(*arguments: Any) -> tuple[int, str, str]:
 
 
 def test_convert_takes_a_folder(chat_folder, tmp_path):
-    pytest.importorskip("edgecl_convert.vocab")
     out = tmp_path / "out.gguf"
     code, text, error = edgecl("convert", chat_folder, out, "--quant", "int8", "--json")
     assert code == 0, error
@@ -635,7 +634,6 @@ def test_convert_takes_a_folder(chat_folder, tmp_path):
 
 
 def test_init_keeps_its_own_conversion_of_a_folder(chat_folder, tmp_path):
-    pytest.importorskip("edgecl_convert.vocab")
     code, text, error = edgecl("--home", tmp_path / "home", "init", chat_folder, "--json")
     assert code == 0, error
     base = tmp_path / "home/base-F16.gguf"

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from tiny_tokenizers import add_fields, added, byte_level, gemma, metaspace, save, sentencepiece_bpe, write_vocab
 
-from edgecl_convert import TORTURE, ConvertError, GgufError, GgufFile, merge, open_source, verify, vocab_fields
+from edgecl_convert import TORTURE, ConvertError, GgufError, GgufFile, merge, open_source, read_vocabulary, verify
 from edgecl_convert.ggml import QType
 from edgecl_convert.verify import bounds_of
 
@@ -34,7 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         if architecture not in folders:
             folders[architecture] = hf_folder(root / architecture, model)
         folder = folders[architecture]
-        fields = vocab_fields(folder, architecture)
+        fields = read_vocabulary(folder).fields
         path = tiny.write_model(
             root / f"{architecture}-{len(list(root.iterdir()))}.gguf",
             model,
@@ -179,7 +179,7 @@ def test_mutants_of_the_vocabulary_are_seen(built: Built, changed: dict[str, Any
 
 def test_mutant_a_wrong_pretokenizer_is_seen(tmp_path: Path) -> None:
     folder = save(tmp_path / "hf", byte_level(GPT2))
-    fields = vocab_fields(folder, "llama")
+    fields = read_vocabulary(folder).fields
     assert verify(folder, write_vocab(tmp_path / "right.gguf", fields), n_tokens=0).ok
     report = verify(folder, write_vocab(tmp_path / "wrong.gguf", fields, pre="qwen2"), n_tokens=0)
     assert not report.ok and report.texts_wrong > 20
@@ -197,10 +197,10 @@ def test_the_first_difference_is_shown_with_the_ids_around_it(built: Built) -> N
 def test_a_limit_of_llama_cpp_is_counted_and_named(tmp_path: Path) -> None:
     data = sentencepiece_bpe(None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False})
     folder = save(tmp_path / "hf", data)
-    path = write_vocab(tmp_path / "v.gguf", vocab_fields(folder, "llama"))
+    path = write_vocab(tmp_path / "v.gguf", read_vocabulary(folder).fields)
     report = verify(folder, path, [" two", "two", "<s>two"], n_tokens=0)
     assert report.ok and report.texts_limited == 2 and "puts a space before text" in report.limits[0]
-    wrong = write_vocab(tmp_path / "w.gguf", vocab_fields(folder, "llama"), add_space_prefix=False)
+    wrong = write_vocab(tmp_path / "w.gguf", read_vocabulary(folder).fields, add_space_prefix=False)
     assert verify(folder, wrong, ["two"], n_tokens=0).texts_wrong == 2
 
 

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from edgecl.learner import find_model
-from edgecl_convert import TORTURE, ConvertError, GgufFile, UnsupportedError, tokenizer_limits, verify, vocab_fields
+from edgecl_convert import TORTURE, ConvertError, GgufFile, UnsupportedError, read_vocabulary, verify
 from edgecl_convert.hf_tokenizer import read_tokenizer
 from edgecl_convert.llama_model import LlamaModel
 from edgecl_convert.pretokenizer import KNOWN
@@ -67,11 +67,11 @@ def differing(folder: Path, gguf: Path, texts: list[str] = TEXTS, served: bool =
 
 
 def convert(folder: Path, **changed: Any) -> Path:
-    return write_vocab(folder.with_suffix(".gguf"), vocab_fields(folder, "llama"), **changed)
+    return write_vocab(folder.with_suffix(".gguf"), read_vocabulary(folder).fields, **changed)
 
 
 def field(folder: Path, name: str) -> Any:
-    return vocab_fields(folder, "llama")[f"tokenizer.ggml.{name}"]
+    return read_vocabulary(folder).fields[f"tokenizer.ggml.{name}"]
 
 
 # --- byte-level BPE ---------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_every_known_pretokenizer_is_found_and_is_llama_cpps(pre: str, tmp_path:
     assert field(folder, "pre") == pre
     assert differing(folder, convert(folder), served=True) == []
     own = differing(folder, convert(folder))
-    assert bool(own) == bool(PRE[pre].limit) == bool(tokenizer_limits(folder))
+    assert bool(own) == bool(PRE[pre].limit) == bool(read_vocabulary(folder).limits)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_models_ship_is_found_by_what_it_does(pre: str, pre_tokenizer: dict
 @pytest.mark.parametrize("pre", PRE)
 def test_mutant_a_wrong_pretokenizer_is_seen(pre: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "hf", byte_level(described(pre), ignore_merges=PRE[pre].ignore_merges))
-    fields, texts = vocab_fields(folder, "llama"), list(TORTURE[:30])
+    fields, texts = read_vocabulary(folder).fields, list(TORTURE[:30])
     for other in set(PRE) - {pre, *(("llama-bpe", "smaug-bpe") if pre in ("llama-bpe", "smaug-bpe") else ())}:
         assert differing(folder, write_vocab(tmp_path / "mutant.gguf", fields, pre=other), texts, served=True), other
 
@@ -129,13 +129,13 @@ def test_ignore_merges_is_refused_where_llama_cpp_has_it_not_and_it_matters(tmp_
     same = save(tmp_path / "same", byte_level(GPT2, ignore_merges=True))
     assert field(same, "pre") == "gpt-2" and differing(same, convert(same)) == []
     with pytest.raises(UnsupportedError, match=r"ignore_merges is true, which llama.cpp does not have for gpt-2"):
-        vocab_fields(save(tmp_path / "hf", unreachable(byte_level(GPT2, ignore_merges=True))), "llama")
+        read_vocabulary(save(tmp_path / "hf", unreachable(byte_level(GPT2, ignore_merges=True))))
 
 
 def test_composing_is_a_limit_that_is_named(tmp_path: Path) -> None:
     data = byte_level(sequence(split(QWEN), BYTE_LEVEL)) | {"normalizer": {"type": "NFC"}}
     folder = save(tmp_path / "hf", data)
-    assert any("NFC" in limit for limit in tokenizer_limits(folder))
+    assert any("NFC" in limit for limit in read_vocabulary(folder).limits)
     gguf = convert(folder)
     assert differing(folder, gguf, ["cafe\u0301", "Größe"]) == ["cafe\u0301"]
     assert differing(folder, gguf, served=True) == []
@@ -176,7 +176,7 @@ def test_sentencepiece_bpe_has_llama_cpps_ids(
     normalizer: Any, pre_tokenizer: Any, prefix: bool, exact: bool, tmp_path: Path
 ) -> None:
     folder = save(tmp_path / "hf", sentencepiece_bpe(normalizer, pre_tokenizer))
-    fields = vocab_fields(folder, "llama")
+    fields = read_vocabulary(folder).fields
     assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is prefix
     types = fields["tokenizer.ggml.token_type"]
     assert types[:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
@@ -184,7 +184,7 @@ def test_sentencepiece_bpe_has_llama_cpps_ids(
     gguf = convert(folder)
     assert differing(folder, gguf, served=True) == []
     own = differing(folder, gguf)
-    assert bool(own) != exact == (not tokenizer_limits(folder))
+    assert bool(own) != exact == (not read_vocabulary(folder).limits)
     assert all(text.startswith((" ", "▁")) or "<s>" in text for text in own)
     assert differing(folder, convert(folder, add_space_prefix=not prefix), served=True)
 
@@ -206,7 +206,7 @@ def test_gemmas_runs_and_its_tab_that_is_a_byte(tmp_path: Path) -> None:
     generation = {"eos_token_id": [1, 5]}
     folder = save(tmp_path / "hf", gemma(), {"eos_token": "<eos>", "bos_token": "<bos>", "chat_template": "<end_of_turn>"})
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    fields = vocab_fields(folder, "gemma3")
+    fields = read_vocabulary(folder).fields
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     assert types[tokens.index("\n\n")] == TokenType.USER_DEFINED and types[tokens.index("▁▁")] == TokenType.NORMAL
     assert "\t" not in tokens and fields["tokenizer.ggml.add_bos_token"] is True
@@ -220,12 +220,12 @@ def test_merges_that_never_make_what_llama_cpp_would_are_refused(tmp_path: Path)
     data = sentencepiece_bpe()
     data["model"]["merges"] = [pair for pair in data["model"]["merges"] if "".join(pair) != "▁the"]
     with pytest.raises(UnsupportedError, match="its merges never make '▁the'"):
-        vocab_fields(save(tmp_path / "hf", data), "llama")
+        read_vocabulary(save(tmp_path / "hf", data))
 
 
 def test_unigram_has_llama_cpps_ids(tmp_path: Path) -> None:
     folder = save(tmp_path / "hf", unigram())
-    fields = vocab_fields(folder, "llama")
+    fields = read_vocabulary(folder).fields
     assert fields["tokenizer.ggml.model"] == "t5" and fields["tokenizer.ggml.unknown_token_id"] == 2
     gguf = convert(folder)
     report = verify(folder, gguf, TEXTS, n_tokens=0)
@@ -267,7 +267,7 @@ def test_a_tokenizer_model_alone_is_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(model_file("▁a", "ab", "abc", "▁", "a", "b", "c"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": {"content": "<s>"}}')
     (tmp_path / "added_tokens.json").write_text('{"<tool>": 266}')
-    fields = vocab_fields(tmp_path, "llama")
+    fields = read_vocabulary(tmp_path).fields
     tokens = fields["tokenizer.ggml.tokens"]
     assert fields["tokenizer.ggml.add_bos_token"] is True and tokens[-1] == "<tool>"
     with LlamaModel(convert(tmp_path), vocab_only=True) as model:
@@ -294,7 +294,7 @@ def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
     n = len(data["model"]["vocab"]) + 4
     data["added_tokens"].append(added(n, "<image>"))
     folder = save(tmp_path / "hf", data, vocab_size=n)
-    assert len(field(folder, "tokens")) == n and any("<image>" in limit for limit in tokenizer_limits(folder))
+    assert len(field(folder, "tokens")) == n and any("<image>" in limit for limit in read_vocabulary(folder).limits)
     assert differing(folder, convert(folder)) == []
 
 
@@ -312,7 +312,7 @@ def test_special_ids(settings: dict[str, Any], config: dict[str, Any], wanted: d
     data = byte_level(GPT2)
     n = len(data["model"]["vocab"])
     config = {key: [n + i for i in v] if isinstance(v, list) else n + v if v >= 0 else v for key, v in config.items()}
-    fields = vocab_fields(save(tmp_path / "hf", data, settings, **config), "llama")
+    fields = read_vocabulary(save(tmp_path / "hf", data, settings, **config)).fields
     found = {key.split(".")[2].removesuffix("_token_id"): value for key, value in fields.items() if key.endswith("_token_id")}
     assert found == {name: n + i for name, i in wanted.items()}
 
@@ -334,11 +334,11 @@ def test_bos_is_added_as_the_tokenizer_does(flag: bool | None, wanted: bool, tmp
 def test_the_chat_template_is_the_one_transformers_takes(tmp_path: Path) -> None:
     listed = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
     folder = save(tmp_path / "hf", byte_level(GPT2), {"eos_token": "<|im_end|>", "chat_template": listed})
-    assert vocab_fields(folder, "llama")["tokenizer.chat_template"] == TEMPLATE
+    assert read_vocabulary(folder).fields["tokenizer.chat_template"] == TEMPLATE
     (folder / "chat_template.jinja").write_text("from the file")
-    assert vocab_fields(folder, "llama")["tokenizer.chat_template"] == "from the file"
+    assert read_vocabulary(folder).fields["tokenizer.chat_template"] == "from the file"
     plain = save(tmp_path / "plain", byte_level(GPT2))
-    assert "tokenizer.chat_template" not in vocab_fields(plain, "llama")
+    assert "tokenizer.chat_template" not in read_vocabulary(plain).fields
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_llama_cpp_would_not_do_is_refused_in_one_line(words: str, tmp_path: Path) -> None:
     with pytest.raises(ConvertError) as error:
-        vocab_fields(save(tmp_path / "hf", REFUSED[words], {"eos_token": "<|im_end|>"}), "llama")
+        read_vocabulary(save(tmp_path / "hf", REFUSED[words], {"eos_token": "<|im_end|>"}))
     assert words in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -398,7 +398,7 @@ def test_a_byte_without_a_token_is_refused(tmp_path: Path) -> None:
     vocab = data["model"]["vocab"]
     vocab["instead"] = vocab.pop("<0x0A>")
     with pytest.raises(UnsupportedError, match="without the token <0x0A>"):
-        vocab_fields(save(tmp_path / "hf", data), "llama")
+        read_vocabulary(save(tmp_path / "hf", data))
 
 
 @pytest.mark.parametrize(
@@ -417,13 +417,13 @@ def test_folders_without_a_usable_tokenizer_are_refused(files: dict[str, bytes],
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ConvertError, match=words):
-        vocab_fields(tmp_path, "llama")
+        read_vocabulary(tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"eos_token": "<nowhere>"}])
 def test_an_end_that_is_not_named_or_no_token_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match=r"no end-of-sequence token is named|eos_token is '<nowhere>'"):
-        vocab_fields(save(tmp_path / "hf", byte_level(GPT2), settings), "llama")
+        read_vocabulary(save(tmp_path / "hf", byte_level(GPT2), settings))
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_smollm2s_fields_are_those_of_its_gguf(smollm2: Path) -> None:
-    fields = vocab_fields(smollm2, "llama")
+    fields = read_vocabulary(smollm2).fields
     with GgufFile(find_model("smollm2")) as gguf:
         original = {key: gguf.get(key) for key in gguf.keys if key.startswith("tokenizer.")}
     assert original.pop("tokenizer.ggml.add_space_prefix") is False  # means nothing to a byte-level BPE

@@ -23,7 +23,7 @@ from .recipe import resolve_quant
 from .source import Source, open_source
 from .torture import TORTURE
 from .verify import VerifyReport, verify
-from .vocab import tokenizer_limits, vocab_fields
+from .vocab import Vocabulary, read_vocabulary
 
 __all__ = [
     "TORTURE",
@@ -38,6 +38,7 @@ __all__ = [
     "Source",
     "UnsupportedError",
     "VerifyReport",
+    "Vocabulary",
     "atomic_file",
     "check_plot",
     "check_probeable",
@@ -49,11 +50,10 @@ __all__ = [
     "read_adapter",
     "read_gguf_adapter",
     "read_peft_adapter",
+    "read_vocabulary",
     "resolve_quant",
-    "tokenizer_limits",
     "update_survival",
     "verify",
-    "vocab_fields",
     "write_atomic",
     "write_gguf_adapter",
     "write_peft_adapter",

@@ -24,6 +24,7 @@ from .gguf_value import encode_value
 from .hf_config import HfConfig
 from .names import n_heads_permuted, to_gguf_rows
 from .safetensors_file import QTYPES, SafetensorsFolder
+from .vocab import read_vocabulary
 
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")  # computed values that old folders carry
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -172,13 +173,12 @@ class HfModel:
         }
 
     def _vocabulary(self, n_vocab: int) -> dict[str, Any]:
-        from .vocab import vocab_fields  # type: ignore[import-not-found, unused-ignore]
-
-        fields: dict[str, Any] = vocab_fields(self.path, self.architecture)
-        n_tokens = len(fields.get("tokenizer.ggml.tokens", ()))
+        vocabulary = read_vocabulary(self.path)
+        self.notes += tuple(vocabulary.limits)
+        n_tokens = len(vocabulary.fields["tokenizer.ggml.tokens"])
         if n_tokens != n_vocab:
             raise self._contradiction(f"the tokenizer has {n_tokens} tokens, the embedding has {n_vocab} rows")
-        return fields
+        return vocabulary.fields
 
     @property
     def keys(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Is a written GGUF the model it was made from? Token ids first, then logits.
 
 Token ids of llama.cpp are compared with those of the folder's tokenizer.json (tokenizers library) on `TORTURE` or the texts
-that are given; where llama.cpp cannot do what the tokenizer does (`tokenizer_limits`), they must be those of the nearest
+that are given; where llama.cpp cannot do what the tokenizer does (`Vocabulary.limits`), they must be those of the nearest
 tokenizer that it can do. Then both models see the same ids, and llama.cpp's logits (F32 KV cache) are compared with those of
 transformers in float32: mean KL divergence in nats, and how often the most probable token is the same. A GGUF source is
 compared in llama.cpp alone.
@@ -47,7 +47,7 @@ class VerifyReport:
         texts: texts whose ids were compared.
         texts_limited: of those, the ones where llama.cpp cannot give the tokenizer's ids, and gives the nearest instead.
         texts_wrong: the ones that have other ids.
-        limits: why some are limited, as `tokenizer_limits` says it.
+        limits: why some are limited, as `Vocabulary.limits` says it.
         text: the first wrong text, `expected` and `got` its ids around the first difference, `position` where that is.
         kld_nats, top1: mean over the tokens, None where logits were not compared; `max_kld_nats` and `min_top1` bound them.
         worst_type: the least precise type of a matrix, in a GGUF source as well; it decides the bounds.

@@ -2,12 +2,13 @@
 
 llama.cpp takes these fields at their word: a wrong type, a dropped merge or a missing added token makes other ids and no
 error. So what is written here is derived from behaviour where it can be (the pre-tokenizer, what is added around a text), and
-what llama.cpp would compute differently is refused in one line, or listed by `tokenizer_limits`. `verify` then compares ids.
+what llama.cpp would compute differently is refused in one line, or listed by `Vocabulary.limits`. `verify` then compares ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,22 @@ from .served_tokenizer import Served, serve
 _KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' name -> GGUF's
 
 
-def vocab_fields(folder: Path, architecture: str) -> dict[str, Any]:
-    """Return every `tokenizer.*` field of a Hugging Face folder, in the order of the file.
+@dataclass(frozen=True)
+class Vocabulary:
+    """A folder's tokenizer as GGUF has it.
 
-    Args:
-        architecture: general.architecture; so far, no field depends on it.
+    Attributes:
+        fields: every `tokenizer.*` field, in the order of the file. Python values stand for GGUF types: int uint32, bool,
+            str, list[str], list[int] int32, list[float] float32, bytes an array of uint8.
+        limits: one sentence for each way in which llama.cpp's ids will differ from the folder's, whatever is written.
+    """
 
-    Returns:
-        Python values that stand for GGUF types: int uint32, bool, str, list[str], list[int] int32, list[float] float32,
-        bytes an array of uint8.
+    fields: dict[str, Any]
+    limits: list[str]
+
+
+def read_vocabulary(folder: Path | str) -> Vocabulary:
+    """Return the vocabulary of a Hugging Face folder.
 
     Raises:
         ConvertError: no tokenizer, a damaged file, or ids and merges that contradict each other.
@@ -37,13 +45,13 @@ def vocab_fields(folder: Path, architecture: str) -> dict[str, Any]:
     """
     tokenizer = read_tokenizer(Path(folder))
     try:
-        return _fields(tokenizer, Path(folder))
+        served = serve(tokenizer)
+        return Vocabulary(_fields(tokenizer, served, Path(folder)), served.limits)
     except (LookupError, TypeError, AttributeError) as error:
         raise ConvertError(f"{tokenizer.path}: is not built as a tokenizer.json is: {error!r}") from None
 
 
-def _fields(tokenizer: HfTokenizer, folder: Path) -> dict[str, Any]:
-    served = serve(tokenizer)
+def _fields(tokenizer: HfTokenizer, served: Served, folder: Path) -> dict[str, Any]:
     tokens, types = _tokens(tokenizer, served)
     fields: dict[str, Any] = {"model": served.model, "pre": served.pre, "tokens": tokens}
     if served.model == "llama":
@@ -67,15 +75,6 @@ def _fields(tokenizer: HfTokenizer, folder: Path) -> dict[str, Any]:
             fields["precompiled_charsmap"] = served.charsmap
     named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     return named | ({"tokenizer.chat_template": template} if template else {})
-
-
-def tokenizer_limits(folder: Path) -> list[str]:
-    """Return one sentence for each way in which llama.cpp's ids will differ from the folder's tokenizer, whatever is written.
-
-    Raises:
-        ConvertError: as `vocab_fields`.
-    """
-    return serve(read_tokenizer(Path(folder))).limits
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
