@@ -2,9 +2,11 @@
 
 ``python examples/lab/gguf_to_hf.py [--dtype bfloat16] smollm2 DIR`` writes config.json, model.safetensors and the tokenizer to
 DIR. In float32 the weights are exactly what the file's blocks decode to; converting DIR to F32 has to give them again.
+transformers forgets how the file's tokenizer splits words, so that is put back by the name that the file gives it.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from edgecl.learner import find_model
+from edgecl_convert import GgufFile
+from edgecl_convert.pretokenizer import KNOWN
 
 
 def gguf_to_hf(gguf: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -23,6 +27,12 @@ def gguf_to_hf(gguf: Path, folder: Path, dtype: torch.dtype = torch.float32) -> 
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    with GgufFile(gguf) as file:
+        pre = file.get("tokenizer.ggml.pre")
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    data["pre_tokenizer"] = next((k.description() for k in KNOWN if k.pre == pre), data["pre_tokenizer"])
+    path.write_text(json.dumps(data, ensure_ascii=False), "utf-8")
 
 
 def main() -> None:
