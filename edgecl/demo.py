@@ -98,7 +98,7 @@ def draw(report: dict[str, Any], path: Path) -> Path | None:
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on test rows, %")
-    axes[1].legend(title="task", loc="lower left")
+    axes[0].legend(title="task", loc="lower left")
     figure.suptitle("What the served INT8 file still knows (greedy decoding in llama.cpp)", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
