@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from edgecl_convert import UnsupportedError, ggml
-from edgecl_convert.ggml import F32Array, QType, block_size, dequantize, quantize, row_bytes
+from edgecl_convert.ggml import Bytes, F32Array, QType, block_size, dequantize, quantize, row_bytes
 
 SHARED_TYPES = [QType.Q8_0, QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1, QType.F16, QType.BF16]  # gguf-py writes them too
 # mean squared error over the variance of normal weights; each bit less is about four times more
@@ -82,6 +82,30 @@ def test_an_importance_matrix_moves_the_error_to_the_columns_that_matter_less() 
     weighted = dequantize(quantize(weights, QType.Q4_K, importance), QType.Q4_K, 256) - weights
     assert np.mean(weighted[:, 1::2] ** 2) < 0.9 * np.mean(plain[:, 1::2] ** 2)
     assert np.mean(weighted[:, ::2] ** 2) > np.mean(plain[:, ::2] ** 2)
+
+
+@pytest.mark.parametrize("qtype", [QType.Q2_K, QType.Q3_K, QType.Q4_0, QType.Q4_K, QType.Q5_1], ids=lambda t: t.name)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_unshrunk_rows_keep_their_length_along_themselves(qtype: QType, weighted: bool) -> None:
+    weights = normal(32, 512)
+    importance = np.random.default_rng(1).exponential(1, 512).astype(np.float32) if weighted else None
+    columns = np.ones(512, np.float32) if importance is None else importance
+
+    def shrinking(blocks: Bytes) -> float:
+        decoded = dequantize(blocks, qtype, 512)
+        return float(1 - np.mean((columns * weights * decoded).sum(1) / (columns * weights * weights).sum(1)))
+
+    plain, scaled = (encode(weights, qtype, importance) for encode in (ggml.quantize_rows, ggml.quantize_unshrunk))
+    assert plain.shape == scaled.shape
+    assert abs(shrinking(scaled)) < abs(shrinking(plain)) / 4
+    errors = [float(np.mean(columns * (dequantize(b, qtype, 512) - weights) ** 2)) for b in (plain, scaled)]
+    assert errors[1] < 1.1 * errors[0]
+
+
+def test_unshrunk_rows_of_zeros_and_awkward_ones_are_finite() -> None:
+    for qtype in (QType.Q4_0, QType.Q8_0):
+        decoded = dequantize(ggml.quantize_unshrunk(awkward(), qtype), qtype, 64)
+        assert np.isfinite(decoded).all() and not decoded[0].any()
 
 
 def test_f32_is_left_alone() -> None:

@@ -46,8 +46,8 @@ OWNERS = {  # a dependency is imported by these rooms alone
     "threadpoolctl": {"edgecl_convert"},
 }
 CONVERT_OWNERS = {  # and within the conversion stage by these files alone, inside functions
-    "torch": {"verify"},
-    "transformers": {"verify"},
+    "torch": {"verify", "imatrix"},
+    "transformers": {"verify", "imatrix"},
     "tokenizers": {"hf_tokenizer", "pretokenizer"},
     "llama_cpp": {"llama_model", "perplexity"},
 }

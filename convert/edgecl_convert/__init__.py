@@ -11,10 +11,12 @@ from .adapter import (
     write_gguf_adapter,
     write_peft_adapter,
 )
+from .adaptive import adaptive_recipe, choose_recipe
 from .atomic import atomic_file, fsync_folder, write_atomic
 from .errors import AdapterError, ConvertError, GgufError, UnsupportedError
 from .gguf_file import GgufFile
 from .hf_model import HfModel
+from .imatrix import Imatrix, measure, read_or_measure
 from .merge import MergeReport, merge, update_survival
 from .probe import ProbeReport, check_probeable, probe
 from .probe_plot import check_plot
@@ -33,22 +35,27 @@ __all__ = [
     "GgufError",
     "GgufFile",
     "HfModel",
+    "Imatrix",
     "MergeReport",
     "ProbeReport",
     "Source",
     "UnsupportedError",
     "VerifyReport",
     "Vocabulary",
+    "adaptive_recipe",
     "atomic_file",
     "check_plot",
     "check_probeable",
+    "choose_recipe",
     "draw_probes",
     "fsync_folder",
+    "measure",
     "merge",
     "open_source",
     "probe",
     "read_adapter",
     "read_gguf_adapter",
+    "read_or_measure",
     "read_peft_adapter",
     "read_vocabulary",
     "resolve_quant",

@@ -165,6 +165,23 @@ def quantize_rows(weights: F32Array, qtype: QType, imatrix: F32Array | None = No
     return out
 
 
+def quantize_unshrunk(weights: F32Array, qtype: QType, imatrix: F32Array | None = None) -> Bytes:
+    """Return `quantize_rows` of rows that are scaled up by as much as rounding shrinks them.
+
+    The kernels choose scales by least squares, and a least-squares fit is smaller than what it fits: by 1 to 10% of a row at
+    3 and 2 bits. The other errors are independent from weight to weight, this one adds up over columns, rows and layers.
+    """
+    blocks = quantize_rows(weights, qtype, imatrix)
+    if qtype in FLOAT_TYPES:
+        return blocks
+    columns = np.float32(1) if imatrix is None else imatrix
+    rounded = dequantize_rows(blocks, qtype, weights.shape[1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = (columns * weights * weights).sum(1) / (columns * weights * rounded).sum(1)  # (rows,)
+    factors = np.where(np.abs(factors - 1) < 0.5, factors, 1).astype(np.float32)  # rows of zeros, NaN
+    return quantize_rows(weights * factors[:, None], qtype, imatrix)
+
+
 def dequantize_rows(blocks: Bytes, qtype: QType, n_per_row: int) -> F32Array:
     """Return float32 (rows, n_per_row) weights of (rows, row_bytes) blocks, on the calling thread.
 

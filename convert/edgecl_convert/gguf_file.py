@@ -303,8 +303,12 @@ class PlannedTensor:
 
     @property
     def n_bytes(self) -> int:
-        """Size of its data in the file."""
+        """Size of its data."""
         return row_bytes(self.qtype, self.shape[-1]) * int(np.prod(self.shape[:-1], dtype=np.int64))
+
+    def padded_bytes(self, alignment: int) -> int:
+        """Size of its data in the file, up to where the next tensor begins."""
+        return -(-self.n_bytes // alignment) * alignment
 
 
 def encode_field(key: str, value: Any) -> bytes:
@@ -326,6 +330,23 @@ def copied_fields(source: Source, **replaced: int) -> list[bytes]:
     return fields
 
 
+def _header(fields: list[bytes], plan: list[PlannedTensor], alignment: int) -> bytes:
+    header = bytearray(struct.pack("<IIQQ", GGUF_MAGIC, 3, len(plan), len(fields)))
+    header += b"".join(fields)
+    offset = 0
+    for tensor in plan:
+        header += encode_string(tensor.name)
+        header += struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
+        header += struct.pack("<IQ", tensor.qtype, offset)
+        offset += tensor.padded_bytes(alignment)
+    return bytes(header) + b"\0" * (-len(header) % alignment)
+
+
+def file_bytes(fields: list[bytes], plan: list[PlannedTensor], alignment: int = GGUF_DEFAULT_ALIGNMENT) -> int:
+    """Return the size of the file that `write_gguf` would write."""
+    return len(_header(fields, plan, alignment)) + sum(tensor.padded_bytes(alignment) for tensor in plan)
+
+
 def write_gguf(
     path: Path | str,
     fields: list[bytes],
@@ -343,16 +364,9 @@ def write_gguf(
     Raises:
         ConvertError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    header = bytearray(struct.pack("<IIQQ", GGUF_MAGIC, 3, len(plan), len(fields)))
-    header += b"".join(fields)
-    offset = 0
-    for tensor in plan:
-        header += encode_string(tensor.name)
-        header += struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        header += struct.pack("<IQ", tensor.qtype, offset)
-        offset += -(-tensor.n_bytes // alignment) * alignment
+    header = _header(fields, plan, alignment)
     with atomic_file(path) as out:
-        out.write(bytes(header) + b"\0" * (-len(header) % alignment))
+        out.write(header)
         for tensor, blocks in zip(plan, data, strict=True):
             out.write(np.ascontiguousarray(blocks).data)
             out.write(b"\0" * (-tensor.n_bytes % alignment))

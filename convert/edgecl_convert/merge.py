@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,18 @@ from .errors import ConvertError, UnsupportedError
 from .ggml import (
     FLOAT_TYPES,
     Bytes,
+    F32Array,
     QType,
     block_size,
     default_threads,
     dequantize_rows,
     each_chunk,
     is_finite,
-    quantize_rows,
     row_bytes,
 )
-from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, encode_field, write_gguf
+from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, encode_field, file_bytes, write_gguf
 from .grid import GRID_TYPES, add_on_grid
+from .imatrix import Imatrix
 from .recipe import KEEP, KEEP_KV8, Recipe
 from .source import Source
 
@@ -66,21 +68,23 @@ def merge(
     base: Source,
     adapter: Adapter | None,
     out: Path | str,
-    quant: str = "keep",
+    quant: str | Recipe = "keep",
     rounding: str = "stochastic",
     n_threads: int = 0,
     progress: Progress | None = None,
+    imatrix: Imatrix | None = None,
 ) -> MergeReport:
     """Write `base` with `adapter` merged in (None: re-quantized only) to `out`, whole or not at all.
 
     Args:
         quant: "keep" leaves every tensor its type; a recipe gives all weights new ones.
         rounding: for touched tensors that keep a type of grid.GRID_TYPES. Tensors that change type are rounded to nearest.
+        imatrix: importance of the columns of what is quantized; tensors that it lacks are quantized without, and noted.
 
     Raises:
         AdapterError: the adapter does not fit.
         UnsupportedError: unknown recipe, rounding, or a type without a kernel.
-        ConvertError: not finite weights, or the file cannot be written.
+        ConvertError: not finite weights, an importance matrix of another model, or the file cannot be written.
     """
     if rounding not in ROUNDINGS:
         raise UnsupportedError(f"rounding must be one of {', '.join(ROUNDINGS)}; got {rounding}")
@@ -88,20 +92,22 @@ def merge(
     if target == source or (target.parent == source and target.suffix != ".gguf"):
         raise ConvertError(f"{out}: is the base itself, or a file of it, which is never overwritten; give another output")
     start = time.perf_counter()
-    recipe = Recipe.named(quant)
+    recipe = quant if isinstance(quant, Recipe) else Recipe.named(quant)
     if adapter is not None:
         adapter.check_fits(base)
-    n_layer = int(base.get(f"{base.architecture}.block_count", 0))
-    tied = "output.weight" not in base.tensors
-    plan = [PlannedTensor(i.name, i.shape, recipe.qtype(i, n_layer, tied)) for i in base.tensors.values()]
-    notes = [*base.notes, *_fallbacks(base, recipe, plan, tied)]
+    if imatrix is not None:
+        imatrix.check_fits(base)
+    plan = _plan(base, recipe)
+    notes = [*base.notes, *_fallbacks(base, recipe, plan), *_unmeasured(base, plan, imatrix)]
     report = MergeReport(qtypes=dict(Counter(tensor.qtype.name for tensor in plan)), notes=notes)
 
     def tensors() -> Iterator[Bytes]:
         for done, tensor in enumerate(plan):
             if progress:
                 progress(done, len(plan), tensor.name)
-            yield _tensor(base, base.tensors[tensor.name], tensor.qtype, adapter, rounding, n_threads, report)
+            importance = imatrix.importance(tensor.name) if imatrix else None
+            encode = partial(recipe.quantizer, qtype=tensor.qtype, imatrix=importance)
+            yield _tensor(base, base.tensors[tensor.name], tensor.qtype, adapter, encode, rounding, n_threads, report)
             base.release(tensor.name)
         if progress:
             progress(len(plan), len(plan), "")
@@ -110,6 +116,18 @@ def merge(
         report.model_bytes = write_gguf(out, _fields(base, recipe, plan), plan, tensors(), base.alignment)
     report.merge_s = time.perf_counter() - start
     return report
+
+
+def planned_bytes(base: Source, recipe: Recipe) -> int:
+    """Return the size of the file that `merge` would write."""
+    plan = _plan(base, recipe)
+    return file_bytes(_fields(base, recipe, plan), plan, base.alignment)
+
+
+def _plan(base: Source, recipe: Recipe) -> list[PlannedTensor]:
+    n_layer = int(base.get(f"{base.architecture}.block_count", 0))
+    tied = "output.weight" not in base.tensors
+    return [PlannedTensor(info.name, info.shape, recipe.qtype(info, n_layer, tied)) for info in base.tensors.values()]
 
 
 def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[bytes]:
@@ -122,9 +140,19 @@ def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[byt
     return fields
 
 
-def _fallbacks(base: Source, recipe: Recipe, plan: list[PlannedTensor], tied: bool) -> list[str]:
+def _unmeasured(base: Source, plan: list[PlannedTensor], imatrix: Imatrix | None) -> list[str]:
+    """Return a line for the tensors that are quantized without the importance matrix, which lacks them."""
+    if imatrix is None:
+        return []
+    changed = (t.name for t in plan if t.qtype not in FLOAT_TYPES and t.qtype != base.tensors[t.name].qtype)
+    missing = [name for name in changed if name not in imatrix.sums]
+    return [f"the importance matrix lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"] if missing else []
+
+
+def _fallbacks(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[str]:
     """Return a line for each type that does not divide the rows of some tensors, and what they get instead."""
     n_layer = int(base.get(f"{base.architecture}.block_count", 0))
+    tied = "output.weight" not in base.tensors
     pairs = ((recipe.wanted(base.tensors[tensor.name], n_layer, tied), tensor.qtype) for tensor in plan)
     return [
         f"{wanted.name} needs rows that are a multiple of {block_size(wanted)}: {count} tensors got {got.name} instead"
@@ -137,6 +165,7 @@ def _tensor(
     info: TensorInfo,
     qtype: QType,
     adapter: Adapter | None,
+    encode: Callable[[F32Array], Bytes],
     rounding: str,
     n_threads: int,
     report: MergeReport,
@@ -171,7 +200,7 @@ def _tensor(
             weights = np.add(weights, b[start:stop] @ a)
         if not np.isfinite(weights).all():
             raise ConvertError(f"{base.path}: tensor {info.name} has NaN or infinite weights; use a sound base")
-        out[start:stop] = quantize_rows(weights, qtype)
+        out[start:stop] = encode(weights)
         if qtype == QType.F16 and not is_finite(out[start:stop], qtype):
             raise ConvertError(f"{base.path}: tensor {info.name} has weights beyond the range of F16; give BF16 or F32")
 

@@ -6,16 +6,19 @@ halves are interleaved in GGUF, so its q and k rows (and the rows of their lora_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from numpy.typing import NDArray
 
 from .errors import AdapterError, GgufError, UnsupportedError
 
 if TYPE_CHECKING:
     from .source import Source
+
+T = TypeVar("T")
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
@@ -131,3 +134,15 @@ def from_gguf_rows(weights: NDArray[Any], n_heads: int) -> NDArray[Any]:
         return weights
     half = weights.shape[0] // n_heads // 2
     return np.ascontiguousarray(weights.reshape(n_heads, half, 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape))
+
+
+def gguf_names(items: Iterable[tuple[str, T]], source: Source) -> Iterator[tuple[str, T]]:
+    """Yield (GGUF name of the weight, item) for each of torch's named modules or parameters that is a weight in `source`."""
+    arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == source.architecture), None)
+    if arch is None:
+        raise UnsupportedError(f"{source.path}: gguf knows no architecture {source.architecture}")
+    names = get_tensor_name_map(arch, int(source.require(f"{source.architecture}.block_count")))
+    for module, item in items:
+        name = names.get_name(module.removesuffix(".weight"))
+        if name is not None and f"{name}.weight" in source.tensors:
+            yield f"{name}.weight", item

@@ -1,23 +1,26 @@
 """Which type each tensor of a quantized file gets.
 
 A recipe is a name: a tensor type (Q8_0, Q4_0, F16 ...), which all weight matrices get, or one of llama.cpp's mixtures
-(Q4_K_M). Rows that do not divide by a type's block fall back as llama.cpp's rule has it. Norms and other vectors stay F32.
+(Q4_K_M); or `adaptive`, which names a type for each tensor. Rows that do not divide by a type's block fall back as
+llama.cpp's rule has it. Norms and other vectors stay F32.
 `keep` leaves every tensor its type; `keep_kv8` too, but for attention keys and values of less than 6 bits, which get Q8_0:
 3% of SmolLM2's bytes, and half of what stochastic rounding of a night costs it in general ability.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from gguf import LlamaFileType
 
 from .errors import UnsupportedError
-from .ggml import QType, bits_per_weight, block_size, qtype_named
+from .ggml import Bytes, QType, bits_per_weight, block_size, qtype_named, quantize_rows, quantize_unshrunk
 from .gguf_file import TensorInfo
 from .source import Source
 
-KEEP, KEEP_KV8 = "keep", "keep_kv8"
+KEEP, KEEP_KV8, ADAPTIVE = "keep", "keep_kv8", "adaptive"
 _KEEPING = (KEEP, KEEP_KV8)
 MIXTURES = ("Q4_K_M",)
 # llama.cpp: a type whose block does not divide the row -> the type to take instead
@@ -32,9 +35,17 @@ _WRITABLE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe name: `quant` is `keep`, `keep_kv8`, a tensor type or a mixture."""
+    """A resolved recipe.
+
+    Attributes:
+        quant: `keep`, `keep_kv8`, a tensor type, a mixture, or `adaptive`.
+        types: by tensor, for `adaptive`; a tensor that is not named keeps its type.
+        predicted_nats: KL divergence per token that `adaptive` expects, where sensitivities were measured.
+    """
 
     quant: str
+    types: Mapping[str, QType] = field(default_factory=dict)
+    predicted_nats: float | None = None
 
     @classmethod
     def named(cls, quant: str) -> Recipe:
@@ -62,6 +73,8 @@ class Recipe:
 
     def wanted(self, info: TensorInfo, n_layer: int, tied: bool) -> QType:
         """Return the type that one tensor would get if its rows were of any length."""
+        if self.quant == ADAPTIVE:
+            return self.types.get(info.name, info.qtype)
         if self.quant == KEEP or not is_weight(info):
             return info.qtype
         if self.quant == KEEP_KV8:
@@ -69,15 +82,27 @@ class Recipe:
             return QType.Q8_0 if narrow else info.qtype
         return _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
 
+    @property
+    def quantizer(self) -> Callable[..., Bytes]:
+        """What encodes rows: the kernels as llama.cpp calls them, so that bytes are its own; unshrunk for `adaptive`."""
+        return quantize_unshrunk if self.quant == ADAPTIVE else quantize_rows
+
     def file_type(self, base: Source) -> int | None:
-        """Return the value of `general.file_type`, None where the base's value stays."""
+        """Return the value of `general.file_type`, None where the base's value stays; `adaptive`: by what most weights are."""
         if self.quant in _KEEPING:
             return None
+        quant = self._commonest(base) if self.quant == ADAPTIVE else self.quant
         names = {"F32": "ALL_F32", "Q4_K_M": "MOSTLY_Q4_K_M"}
-        for name in (names.get(self.quant), f"MOSTLY_{self.quant}", f"MOSTLY_{self.quant}_M"):
+        for name in (names.get(quant), f"MOSTLY_{quant}", f"MOSTLY_{quant}_M"):
             if name and name in LlamaFileType.__members__:
                 return int(LlamaFileType[name])
         return None
+
+    def _commonest(self, base: Source) -> str:
+        weights: Counter[str] = Counter()
+        for name, qtype in self.types.items():
+            weights[qtype.name] += base.tensors[name].n_weights
+        return max(weights, key=lambda name: weights[name], default="F32")
 
 
 def is_weight(info: TensorInfo) -> bool:

@@ -24,22 +24,44 @@ def _check_target(target: Path, force: bool) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--quant", required=True, help="int8, int4, a tensor type (Q8_0, F16 ...) or a mixture (Q4_K_M).")
+@click.option(
+    "--imatrix", "matrix_file", type=click.Path(path_type=Path), help="A GGUF imatrix, or a .txt to measure on: needs torch."
+)
+@click.option("--size-budget", type=click.IntRange(min=1), help="Most bytes of an int4 file; else as Q4_K_M.")
 @click.option("--verify", "check", is_flag=True, help="Compare TARGET's token ids and logits with SOURCE's afterwards.")
 @click.option("--force", is_flag=True, help="Overwrite TARGET.")
 @json_option
-def convert(source: Path, target: Path, quant: str, check: bool, force: bool, as_json: bool) -> None:
-    """Convert SOURCE, a GGUF file or a Hugging Face folder, to TARGET.gguf."""
-    from edgecl_convert import merge, open_source, resolve_quant
+def convert(
+    source: Path,
+    target: Path,
+    quant: str,
+    matrix_file: Path | None,
+    size_budget: int | None,
+    check: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert SOURCE, a GGUF file or a Hugging Face folder, to TARGET.gguf.
+
+    With --imatrix, int4 of a float model gives each tensor the type that its measured sensitivity asks for.
+    """
+    from edgecl_convert import choose_recipe, merge, open_source, read_or_measure
 
     _check_target(target, force)
     with open_source(source) as model, progress_bar() as progress:
-        report = merge(model, None, target, resolve_quant(quant, model), progress=_stage(progress, "convert"))
+        matrix = read_or_measure(matrix_file, model) if matrix_file else None
+        recipe = choose_recipe(model, quant, matrix, size_budget or 0, progress=_stage(progress, "choose types"))
+        report = merge(model, None, target, recipe, progress=_stage(progress, "convert"), imatrix=matrix)
     facts = {
         "convert_s": report.merge_s,
         "model_bytes": report.model_bytes,
         "qtypes": report.qtypes,
         "notes": report.notes,
+        "quant": recipe.quant,
     }
+    if recipe.types:
+        facts["types"] = {name: qtype.name for name, qtype in recipe.types.items()}
+        facts["predicted_nats"] = recipe.predicted_nats
     verified = _verify(source, target) if check else None
     if as_json:
         print_json(facts | ({"verify": verified} if verified else {}))
