@@ -164,6 +164,9 @@ def knapsack(sizes: list[list[int]], errors: list[list[float]], budget: int) -> 
         sizes, errors: by item, of each of its choices.
         budget: at least the sum of each item's smallest size.
     """
+    finest = [min(range(len(size)), key=lambda i: (error[i], size[i])) for size, error in zip(sizes, errors, strict=True)]
+    if sum(size[i] for size, i in zip(sizes, finest, strict=True)) <= budget:
+        return finest  # nothing to weigh, and rounded sizes might not fit
     least = [min(size) for size in sizes]
     spread = sum(max(size) for size in sizes) - sum(least)
     step = math.gcd(*(size - low for sizes_, low in zip(sizes, least, strict=True) for size in sizes_)) or 1
