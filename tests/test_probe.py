@@ -20,7 +20,7 @@ import torch
 from edgecl.engine import VocabFile
 from edgecl_convert import ConvertError, GgufFile, HfModel, UnsupportedError, merge, probe, write_gguf_adapter
 from edgecl_convert.ggml import F32Array, QType, dequantize, quantize
-from edgecl_convert.perplexity import nats_per_token
+from edgecl_convert.perplexity import WINDOW, nats_per_token
 from edgecl_convert.probe import Gap, ProbeReport, _verdict, default_text, round_groups, write_rounded
 from edgecl_convert.weight_facts import GRID_TYPES, count_on_grid, excess_kurtosis, power_sums, tensor_facts
 from tests import tiny
@@ -385,3 +385,7 @@ def test_the_shipped_text_is_neither_anchor_nor_prose() -> None:
     for name in ("prose.txt", "anchor.txt"):
         other = " ".join((Path(edgecl.__file__).parent / name).read_text("utf-8").split())
         assert not any(piece in other for piece in pieces)
+
+
+def test_of_a_long_text_some_windows_are_read(models: dict[str, Path]) -> None:
+    assert len(nats_per_token(models["F32"], "a b " * 40 * WINDOW, 1)) <= 32 * WINDOW

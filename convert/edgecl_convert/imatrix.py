@@ -193,7 +193,9 @@ def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder, options = path, {}
     settings: dict[str, Any] = {"use_safetensors": True}
     if path.is_file():

@@ -21,11 +21,14 @@ from .ggml import default_threads
 from .gguf_file import GgufFile
 
 WINDOW = 512  # tokens that are read together; each window starts afresh
+_MOST_WINDOWS = 32  # of a longer text, as many are taken, evenly spread
 _BATCH = 128  # tokens whose logits are in memory at once: 134 MB for a vocabulary of 262,144
 
 
 def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[np.float64]:
     """Return the negative log-likelihood of each token of `text`, but for the first of a window that nothing precedes.
+
+    Of a text of more than 32 windows of 512 tokens, 32 are taken, evenly spread.
 
     Weights are as the file has them, the KV cache is F32. Perplexity is exp of the mean.
 
@@ -103,7 +106,9 @@ def _measure(model: str, text: str, window: int, n_threads: int) -> list[float]:
     head = [llama_cpp.llama_vocab_bos(vocab)] if llama_cpp.llama_vocab_get_add_bos(vocab) else []
     tokens, per_window = _encode(vocab, text), window - len(head)
     nats: list[float] = []
-    for first in range(0, len(tokens), per_window):
+    n_windows = -(-len(tokens) // per_window)
+    for window_number in np.linspace(0, n_windows - 1, min(n_windows, _MOST_WINDOWS)).round().astype(int).tolist():
+        first = window_number * per_window
         nats += _window_nats(context, head + tokens[first : first + per_window], llama_cpp.llama_vocab_n_tokens(vocab))
     if not nats:
         raise ConvertError(f"the text has {len(tokens)} tokens; give one of some hundred words")

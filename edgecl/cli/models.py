@@ -86,8 +86,9 @@ def _say_verified(target: Path, report: dict[str, Any], as_json: bool) -> None:
     if not as_json:
         for limit in report["limits"]:
             click.echo(f"note: {limit}", err=True)
+        limited = f" ({report['texts_limited']} as near as llama.cpp can)" if report["texts_limited"] else ""
         click.echo(
-            f"verified: ids of {report['texts']} texts ({report['texts_limited']} as near as llama.cpp can), "
+            f"verified: ids of {report['texts']} texts{limited}, "
             f"KLD {report['kld_nats']:.2g} nats, top-1 {report['top1']:.1%} over {report['n_tokens']} tokens"
         )
 

@@ -24,7 +24,11 @@ _WIDTH = 80
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
-@click.option("--text", type=click.Path(path_type=Path), help="Measure on this file; default: a short text of our own.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Measure on this file (16,384 tokens of it at most); default: a short text of our own.",
+)
 @click.option("--group-size", default=128, show_default=True, type=click.IntRange(1), help="Weights that share a scale.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw gaps and kurtosis to a .png, .svg or .pdf file.")
 @json_option
