@@ -57,14 +57,6 @@ Logits = torch.Tensor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @torch.no_grad()
 def reference(model: Any, n: int = len(IDS)) -> Logits:
     return model(torch.tensor([IDS[:n]])).logits[0].double()

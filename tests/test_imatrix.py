@@ -203,14 +203,6 @@ def test_the_matrix_of_another_model_is_refused(
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes, with a BOS token before every text if asked for."""
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*BYTES, "<s>"])}, []))

@@ -40,14 +40,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Return a function architecture -> (GGUF path, torch model), each built once."""
     folder = tmp_path_factory.mktemp("parity")

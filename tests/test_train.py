@@ -26,12 +26,7 @@ BOUND = 1e-5  # relative error of a float32 gradient
 ANCHORS = [random_tokens(32, seed=200 + i) for i in range(4)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

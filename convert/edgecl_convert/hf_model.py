@@ -18,8 +18,8 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from .architectures import Sizes, family_of, metadata_of, rope_of, sizes_of, tensors_of
 from .errors import ConvertError
-from .ggml import Bytes, F32Array, QType, dequantize, dequantize_rows, row_bytes
-from .gguf_file import TensorInfo
+from .ggml import Bytes, F32Array, QType, dequantize, dequantize_rows
+from .gguf_file import PlannedTensor, TensorInfo
 from .gguf_value import encode_value
 from .hf_config import HfConfig
 from .names import n_heads_permuted, to_gguf_rows
@@ -151,8 +151,7 @@ class HfModel:
 
     def _add(self, name: str, shape: tuple[int, ...], source: _Stored) -> None:
         qtype = QTYPES[self._weights.tensors[source.name].dtype] if len(shape) > 1 else QType.F32
-        n_bytes = row_bytes(qtype, shape[-1]) * int(np.prod(shape[:-1], dtype=np.int64))
-        self.tensors[name] = TensorInfo(name, shape, qtype, 0, n_bytes)
+        self.tensors[name] = TensorInfo(name, shape, qtype, 0, PlannedTensor(name, shape, qtype).n_bytes)
         self._sources[name] = source
 
     def _compute(self, name: str, values: F32Array) -> None:

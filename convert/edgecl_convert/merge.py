@@ -36,7 +36,7 @@ from .ggml import (
 from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, encode_field, file_bytes, write_gguf
 from .grid import GRID_TYPES, add_on_grid
 from .imatrix import Imatrix
-from .recipe import KEEP, KEEP_KV8, Recipe
+from .recipe import Recipe, model_shape
 from .source import Source
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -97,7 +97,7 @@ def merge(
         adapter.check_fits(base)
     if imatrix is not None:
         imatrix.check_fits(base)
-    plan = _plan(base, recipe)
+    plan = planned_tensors(base, recipe)
     notes = [*base.notes, *_fallbacks(base, recipe, plan), *_unmeasured(base, plan, imatrix)]
     report = MergeReport(qtypes=dict(Counter(tensor.qtype.name for tensor in plan)), notes=notes)
 
@@ -120,14 +120,14 @@ def merge(
 
 def planned_bytes(base: Source, recipe: Recipe) -> int:
     """Return the size of the file that `merge` would write."""
-    plan = _plan(base, recipe)
+    plan = planned_tensors(base, recipe)
     return file_bytes(_fields(base, recipe, plan), plan, base.alignment)
 
 
-def _plan(base: Source, recipe: Recipe) -> list[PlannedTensor]:
-    n_layer = int(base.get(f"{base.architecture}.block_count", 0))
-    tied = "output.weight" not in base.tensors
-    return [PlannedTensor(info.name, info.shape, recipe.qtype(info, n_layer, tied)) for info in base.tensors.values()]
+def planned_tensors(base: Source, recipe: Recipe) -> list[PlannedTensor]:
+    """Return the tensors of the file that `merge` would write, each with the type that it gets."""
+    shape = model_shape(base)
+    return [PlannedTensor(info.name, info.shape, recipe.qtype(info, *shape)) for info in base.tensors.values()]
 
 
 def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[bytes]:
@@ -135,7 +135,7 @@ def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[byt
     file_type = recipe.file_type(base)
     fields = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))
     is_quantized = any(tensor.qtype not in FLOAT_TYPES for tensor in plan)
-    if recipe.quant not in (KEEP, KEEP_KV8) and is_quantized and _VERSION_KEY not in base.keys:
+    if not recipe.keeps and is_quantized and _VERSION_KEY not in base.keys:
         fields.append(encode_field(_VERSION_KEY, GGML_QUANT_VERSION))
     return fields
 
@@ -151,9 +151,8 @@ def _unmeasured(base: Source, plan: list[PlannedTensor], imatrix: Imatrix | None
 
 def _fallbacks(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[str]:
     """Return a line for each type that does not divide the rows of some tensors, and what they get instead."""
-    n_layer = int(base.get(f"{base.architecture}.block_count", 0))
-    tied = "output.weight" not in base.tensors
-    pairs = ((recipe.wanted(base.tensors[tensor.name], n_layer, tied), tensor.qtype) for tensor in plan)
+    shape = model_shape(base)
+    pairs = ((recipe.wanted(base.tensors[tensor.name], *shape), tensor.qtype) for tensor in plan)
     return [
         f"{wanted.name} needs rows that are a multiple of {block_size(wanted)}: {count} tensors got {got.name} instead"
         for (wanted, got), count in Counter(pair for pair in pairs if pair[0] != pair[1]).items()
@@ -185,7 +184,7 @@ def _tensor(
         return source
     on_grid = pair is not None and qtype == info.qtype and qtype in GRID_TYPES and rounding == "stochastic"
     if pair is not None and adapter is not None:
-        how = "stochastic" if on_grid else "float" if qtype in (QType.F32, QType.F16, QType.BF16) else "nearest"
+        how = "stochastic" if on_grid else "float" if qtype in FLOAT_TYPES else "nearest"
         report.rounded[how] = report.rounded.get(how, 0) + 1
         a, b = pair[0], (pair[1] * np.float32(adapter.scaling(info.name))).astype(np.float32)
     out = np.empty((n_rows, row_bytes(qtype, n_per_row)), np.uint8)

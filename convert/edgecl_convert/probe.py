@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConvertError, UnsupportedError
-from .ggml import FLOAT_TYPES, Bytes, F32Array, QType, default_threads, dequantize_rows, each_chunk, quantize_rows
+from .ggml import FLOAT_TYPES, Bytes, F32Array, QType, default_threads, dequantize_rows, each_chunk, quantize_rows, row_bytes
 from .gguf_file import PlannedTensor, TensorInfo, copied_fields, write_gguf
-from .merge import merge
+from .merge import merge, planned_tensors
 from .perplexity import nats_per_token
 from .recipe import KEEP, Recipe, is_weight, resolve_quant
 from .source import Source
@@ -119,7 +119,7 @@ def probe(
         raise UnsupportedError(f"group size must be at least 1, got {group_size}")
     infos = [info for info in source.tensors.values() if is_weight(info)]
     int4 = resolve_quant("int4", source)
-    int4_types = _types(source, int4)
+    int4_types = {tensor.name: tensor.qtype for tensor in planned_tensors(source, Recipe.named(int4))}
     steps = _Steps(len(infos) + 5, progress)
     facts = []
     for info in infos:
@@ -160,13 +160,6 @@ def probe(
         verdict=_verdict(gaps, int4 == KEEP, quantized, erased, n_tokens),
         tensors=facts,
     )
-
-
-def _types(source: Source, quant: str) -> dict[str, QType]:
-    """Return the type that a recipe gives each tensor."""
-    recipe, tied = Recipe.named(quant), "output.weight" not in source.tensors
-    n_layer = int(source.get(f"{source.architecture}.block_count", 0))
-    return {info.name: recipe.qtype(info, n_layer, tied) for info in source.tensors.values()}
 
 
 class _Steps:
@@ -259,7 +252,7 @@ def write_rounded(source: Source, out: Path, qtype: QType, bits: int, group_size
 
     def rounded(info: TensorInfo) -> Bytes:
         blocks, n_per_row = source.blocks(info.name), info.shape[-1]
-        encoded = np.empty((len(blocks), PlannedTensor("", (n_per_row,), qtype).n_bytes), np.uint8)
+        encoded = np.empty((len(blocks), row_bytes(qtype, n_per_row)), np.uint8)
 
         def work(start: int, stop: int) -> None:
             weights = dequantize_rows(blocks[start:stop], info.qtype, n_per_row)

@@ -83,13 +83,18 @@ class Recipe:
         return _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
 
     @property
+    def keeps(self) -> bool:
+        """Whether the file stays of the base's kind, its file type included."""
+        return self.quant in _KEEPING
+
+    @property
     def quantizer(self) -> Callable[..., Bytes]:
         """What encodes rows: the kernels as llama.cpp calls them, so that bytes are its own; unshrunk for `adaptive`."""
         return quantize_unshrunk if self.quant == ADAPTIVE else quantize_rows
 
     def file_type(self, base: Source) -> int | None:
         """Return the value of `general.file_type`, None where the base's value stays; `adaptive`: by what most weights are."""
-        if self.quant in _KEEPING:
+        if self.keeps:
             return None
         quant = self._commonest(base) if self.quant == ADAPTIVE else self.quant
         names = {"F32": "ALL_F32", "Q4_K_M": "MOSTLY_Q4_K_M"}
@@ -103,6 +108,11 @@ class Recipe:
         for name, qtype in self.types.items():
             weights[qtype.name] += base.tensors[name].n_weights
         return max(weights, key=lambda name: weights[name], default="F32")
+
+
+def model_shape(source: Source) -> tuple[int, bool]:
+    """Return what a mixture goes by: the number of layers, and whether the embedding is also the head."""
+    return int(source.get(f"{source.architecture}.block_count", 0)), "output.weight" not in source.tensors
 
 
 def is_weight(info: TensorInfo) -> bool:

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 
 from .errors import ConvertError
-from .ggml import F32Array, QType
+from .ggml import F32Array, QType, bits_per_weight
 from .gguf_file import GgufFile
 from .hf_tokenizer import HfTokenizer, library_tokenizer, read_tokenizer
 from .llama_model import LlamaModel
@@ -108,8 +107,7 @@ def bounds_of(qtype: QType) -> tuple[float, float]:
     """Return the most KLD in nats and the least top-1 agreement that are allowed to matrices of a type."""
     if qtype in _FLOAT_BOUNDS:
         return _FLOAT_BOUNDS[qtype]
-    n_weights, n_bytes = GGML_QUANT_SIZES[qtype]
-    return next((kld, top1) for bits, kld, top1 in _BOUNDS if n_bytes * 8 / n_weights >= bits)
+    return next((kld, top1) for bits, kld, top1 in _BOUNDS if bits_per_weight(qtype) >= bits)
 
 
 def _set_bounds(report: VerifyReport, paths: Sequence[Path]) -> None:
