@@ -6,6 +6,7 @@ The file is walked by GgufFile before llama.cpp sees it, because llama.cpp ends 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,12 +15,38 @@ from typing import Any
 import numpy as np
 
 from .errors import ConvertError, GgufError
-from .ggml import F32Array
+from .ggml import F32Array, default_threads
 from .gguf_file import GgufFile
-from .perplexity import llama_threads
 
 _F32 = 0  # GGML_TYPE_F32, of the KV cache
 _N_BATCH = 64  # tokens whose logits are in memory at once
+
+
+def llama_threads() -> int:
+    """Return OMP_NUM_THREADS, or every core: llama.cpp's threads wait by spinning, and crawl where another program computes."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(wanted), default_threads()) if wanted.isdecimal() and int(wanted) else default_threads()
+
+
+def load_params(vocab_only: bool = False, n_gpu_layers: int = 0) -> Any:
+    """Return how a model is loaded: without the AMX kernels where the CPU has them.
+
+    They end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824).
+    """
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
+    params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+    return params
+
+
+def fill(batch: Any, tokens: Sequence[int], first: int) -> None:
+    """Put a part of one sequence into a llama_batch, at the positions from `first`, with logits for every token."""
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
+        batch.seq_id[i][0], batch.logits[i] = 0, True
 
 
 @contextmanager
@@ -76,13 +103,9 @@ class LlamaModel:
         with GgufFile(path) as gguf:
             _check_vocabulary(gguf)
         self.path, self._api = Path(path), llama_cpp
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers, params.vocab_only = 0, vocab_only
-        # llama.cpp's AMX kernels end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824)
-        params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
         self._listening = ExitStack()
         self._complaints = self._listening.enter_context(_heard(llama_cpp))
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), load_params(vocab_only))
         if not self._model:
             self.close()
             raise ConvertError(f"{path}: llama.cpp could not load this model{self._why()}")
@@ -134,10 +157,7 @@ class LlamaModel:
         try:
             for first in range(0, len(ids), _N_BATCH):
                 part = ids[first : first + _N_BATCH]
-                batch.n_tokens = len(part)
-                for i, token in enumerate(part):
-                    batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
-                    batch.seq_id[i][0], batch.logits[i] = 0, True
+                fill(batch, part, first)
                 if status := api.llama_decode(context, batch):
                     raise ConvertError(
                         f"{self.path}: llama.cpp could not compute {len(part)} tokens (status {status}){self._why()}"

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConvertError
-from .ggml import default_threads
 from .gguf_file import GgufFile
+from .llama_model import fill, llama_threads, load_params
 
 WINDOW = 512  # tokens that are read together; each window starts afresh
 _MOST_WINDOWS = 32  # of a longer text, as many are taken, evenly spread
@@ -56,12 +56,6 @@ def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[
     return np.array(answer["nats"], np.float64)
 
 
-def llama_threads() -> int:
-    """Return OMP_NUM_THREADS, or every core: llama.cpp's threads wait by spinning, and crawl where another program computes."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(wanted), default_threads()) if wanted.isdecimal() and int(wanted) else default_threads()
-
-
 # --- the child --------------------------------------------------------------------------------------------------------
 
 
@@ -86,11 +80,7 @@ def _measure(model: str, text: str, window: int, n_threads: int) -> list[float]:
             complaints.append(line.decode("utf-8", "replace").strip())
 
     llama_cpp.llama_log_set(keep, None)
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = 0
-    # llama.cpp's AMX kernels end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824)
-    params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
-    handle = llama_cpp.llama_model_load_from_file(model.encode(), params)
+    handle = llama_cpp.llama_model_load_from_file(model.encode(), load_params())
     if not handle:
         raise ConvertError(f"llama.cpp could not load this model: {(complaints or ['no word'])[0]}")
     vocab = llama_cpp.llama_model_get_vocab(handle)
@@ -136,10 +126,7 @@ def _window_nats(context: Any, tokens: list[int], n_vocab: int) -> list[float]:
     try:
         for first in range(0, len(tokens) - 1, size):
             chunk = tokens[first : min(first + size, len(tokens) - 1)]
-            batch.n_tokens = len(chunk)
-            for i, token in enumerate(chunk):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
-                batch.seq_id[i][0], batch.logits[i] = 0, True
+            fill(batch, chunk, first)
             if status := llama_cpp.llama_decode(context, batch):
                 raise ConvertError(f"llama.cpp could not compute {len(chunk)} tokens (status {status})")
             for i in range(len(chunk)):

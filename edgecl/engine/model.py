@@ -14,6 +14,7 @@ from typing import Any
 import llama_cpp
 
 from edgecl_convert import ConvertError, GgufFile
+from edgecl_convert.llama_model import load_params
 
 from ..errors import EngineError
 
@@ -54,10 +55,7 @@ def load_model(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> A
         EngineError: the file is not sound, or llama.cpp refuses it.
     """
     check_sound(path)
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
-    # llama.cpp's AMX kernels end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824)
-    params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+    params = load_params(vocab_only, n_gpu_layers)
     del _log[:]
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
