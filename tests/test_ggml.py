@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from gguf import quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from edgecl_convert import UnsupportedError, ggml
-from edgecl_convert.ggml import Bytes, F32Array, QType, block_size, dequantize, quantize, row_bytes
+from edgecl_convert.ggml import Bytes, F32Array, QType, block_size, dequantize, dequantize_bf16, quantize, row_bytes
 
 SHARED_TYPES = [QType.Q8_0, QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1, QType.F16, QType.BF16]  # gguf-py writes them too
 # mean squared error over the variance of normal weights; each bit less is about four times more
@@ -63,6 +64,21 @@ def test_same_bytes_and_same_weights_as_gguf_py(qtype: QType, weights: F32Array)
     decoded = dequantize(blocks, qtype, weights.shape[1])
     np.testing.assert_array_equal(decoded, quants.dequantize(blocks, qtype).reshape(weights.shape))
     assert decoded.dtype == np.float32
+
+
+@names
+def test_bfloat16_bits_are_those_of_the_float32_weights_rounded(qtype: QType, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.concatenate([awkward(), normal(40, 64)])
+    blocks = quantize(weights, qtype)
+    wanted = torch.from_numpy(dequantize(blocks, qtype, 64)).bfloat16().view(torch.uint16).numpy()
+    out = np.empty(weights.shape, np.uint16)
+    for at_once, n_threads in ((64, 2), (7 * 64, 1), (1 << 20, 3)):
+        monkeypatch.setattr(ggml, "DECODED_AT_ONCE", at_once)
+        dequantize_bf16(blocks, qtype, 64, out, n_threads)
+        np.testing.assert_array_equal(out, wanted)
+    monkeypatch.setattr(ggml, "_LIB", None)
+    dequantize_bf16(blocks, qtype, 64, out)
+    np.testing.assert_array_equal(out, wanted)
 
 
 @pytest.mark.parametrize("qtype", K_ERROR, ids=lambda t: t.name)

@@ -30,7 +30,7 @@ LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 FREE = {"errors", "edgecl_convert"}
 OWNERS = {  # a dependency is imported by these rooms alone
     "torch": {"train", "edgecl_convert"},
-    "transformers": {"train", "edgecl_convert"},
+    "transformers": {"edgecl_convert"},
     "tokenizers": {"edgecl_convert"},
     "peft": set(),
     "llama_cpp": {"engine", "edgecl_convert"},

@@ -35,6 +35,7 @@ _UNWRITTEN = (
     QType.IQ1_S, QType.IQ2_XXS, QType.IQ2_XS,
 )  # fmt: skip
 CHUNK_WEIGHTS = 1 << 18  # weights a worker takes at once: 1 MiB of float32, which stays in the L2 cache
+DECODED_AT_ONCE = 1 << 16  # weights between two types: read again at once, so they should still be near
 
 
 def _library_path() -> Path | None:
@@ -61,6 +62,8 @@ def _load() -> ctypes.CDLL | None:
         ctypes.c_int64,  # weights per row
         ctypes.c_void_p,  # importance of each input column, or null
     ]
+    lib.ggml_fp32_to_bf16_row.restype = None
+    lib.ggml_fp32_to_bf16_row.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return lib
 
 
@@ -116,17 +119,21 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each_chunk(n_rows: int, n_per_row: int, work: Callable[[int, int], None], n_threads: int) -> None:
+def each_chunk(n_rows: int, n_per_row: int, work: Callable[[int, int], None], n_threads: int, at_once: int = 0) -> None:
     """Call `work(first_row, last_row)` over all rows, `n_threads` at a time; the kernels release the GIL."""
-    step = max(1, CHUNK_WEIGHTS // n_per_row)
+    step = max(1, (at_once or CHUNK_WEIGHTS) // n_per_row)
     spans = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
     if n_threads == 1 or len(spans) == 1:
         for start, stop in spans:
             work(start, stop)
         return
-    with ThreadPoolExecutor(n_threads) as pool:
-        for done in [pool.submit(work, start, stop) for start, stop in spans]:
-            done.result()
+    for done in [_pool(n_threads).submit(work, start, stop) for start, stop in spans]:
+        done.result()
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads, "ggml")  # kept: training decodes hundreds of tensors a step
 
 
 def quantize_rows(weights: F32Array, qtype: QType, imatrix: F32Array | None = None) -> Bytes:
@@ -182,23 +189,26 @@ def quantize_unshrunk(weights: F32Array, qtype: QType, imatrix: F32Array | None 
     return quantize_rows(weights * factors[:, None], qtype, imatrix)
 
 
-def dequantize_rows(blocks: Bytes, qtype: QType, n_per_row: int) -> F32Array:
+def dequantize_rows(blocks: Bytes, qtype: QType, n_per_row: int, out: F32Array | None = None) -> F32Array:
     """Return float32 (rows, n_per_row) weights of (rows, row_bytes) blocks, on the calling thread.
+
+    Args:
+        out: contiguous (rows, n_per_row), to be filled and returned.
 
     Raises:
         UnsupportedError: no kernel reads the type.
     """
     n_rows = len(blocks)
     source = np.ascontiguousarray(blocks)
-    if qtype == QType.F32:
-        return source.view(np.float32).reshape(n_rows, n_per_row)
+    if out is None:
+        out = np.empty((n_rows, n_per_row), np.float32)
     decode = _to_float(qtype)
-    if decode is None:
+    if qtype == QType.F32 or decode is None:
         try:
-            return quants.dequantize(source, qtype).reshape(n_rows, n_per_row)
+            out[:] = quants.dequantize(source, qtype).reshape(n_rows, n_per_row)
         except NotImplementedError:
             raise UnsupportedError(f"no kernel reads tensor type {qtype.name}") from None
-    out = np.empty((n_rows, n_per_row), np.float32)
+        return out
     decode(source.ctypes.data, out.ctypes.data, out.size)
     return out
 
@@ -226,10 +236,33 @@ def quantize(weights: F32Array, qtype: QType, imatrix: F32Array | None = None, n
 
 def dequantize(blocks: Bytes, qtype: QType, n_per_row: int, n_threads: int = 0) -> F32Array:
     """Return `dequantize_rows` of a whole tensor, computed on `n_threads` (0: every core)."""
-    out = np.empty((len(blocks), n_per_row), np.float32)
+    weights = np.empty((len(blocks), n_per_row), np.float32)
 
     def work(start: int, stop: int) -> None:
-        out[start:stop] = dequantize_rows(blocks[start:stop], qtype, n_per_row)
+        dequantize_rows(blocks[start:stop], qtype, n_per_row, weights[start:stop])
 
     each_chunk(len(blocks), n_per_row, work, n_threads or default_threads())
-    return out
+    return weights
+
+
+def dequantize_bf16(blocks: Bytes, qtype: QType, n_per_row: int, out: NDArray[np.uint16], n_threads: int = 0) -> None:
+    """Write the weights of a whole tensor as bfloat16 bits into `out` (rows, n_per_row), on `n_threads` (0: every core)."""
+    step = max(1, DECODED_AT_ONCE // n_per_row)
+
+    def work(start: int, stop: int) -> None:
+        wide = np.empty((min(step, stop - start), n_per_row), np.float32)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            _to_bf16(dequantize_rows(blocks[first:last], qtype, n_per_row, wide[: last - first]), out[first:last])
+
+    threads = n_threads or default_threads()
+    each_chunk(len(blocks), n_per_row, work, threads, min(CHUNK_WEIGHTS, -(-len(blocks) // threads) * n_per_row))
+
+
+def _to_bf16(weights: F32Array, out: NDArray[np.uint16]) -> None:
+    """Round float32 to the nearest bfloat16, halves to even."""
+    if _LIB is not None:
+        _LIB.ggml_fp32_to_bf16_row(weights.ctypes.data, out.ctypes.data, weights.size)
+        return
+    bits = weights.view(np.uint32)
+    out[:] = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

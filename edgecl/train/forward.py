@@ -1,107 +1,97 @@
-"""Forward passes of training: a whole batch packed into one sequence, the head only where something is predicted.
+"""Forward passes of training: a whole batch packed into one sequence.
 
 A night's rows are a few dozen tokens each and begin alike (the template's system turn). The shared prefix stands once in
-front, the rows follow one after another without padding, and a mask lets each row look at the prefix and at itself. The
-products of a layer then have as many rows as there are real tokens, which is what a CPU needs; at these lengths the
-masked scores cost next to nothing. Gradients are exact: the prefix gets the sum of what its rows send back.
+front, the rows follow one after another without padding. The products of a layer then have as many rows as there are real
+tokens, which is what a CPU needs. Attention goes span by span: a few rows at a time, which see the prefix and each its own
+row. Gradients are exact: the prefix gets the sum of what its rows send back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from transformers import PreTrainedModel
 
-from .batches import TrainRow
+from .decoder import Decoder, Sequenced
+from .lora import Lora
+from .ops import Span
 
-Anchor = tuple[list[int], torch.Tensor]  # token ids (T), the base's last hidden states (T, D)
+SPAN_TOKENS = 128  # rows share a span up to so many tokens
 
 
-def hidden_states(
-    model: PreTrainedModel, prefix: Sequence[int], rows: Sequence[Sequence[int]], n_bare: int
-) -> tuple[torch.Tensor, list[int]]:
-    """Return the last hidden states (S, D) of prefix + rows packed into one sequence, and where each row starts.
+@dataclass(frozen=True)
+class Packed:
+    """Prefix + rows as one sequence.
+
+    Attributes:
+        starts: where each row begins; the prefix is not part of it.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    where: Sequenced
+
+
+def pack(decoder: Decoder, prefix: Sequence[int], rows: Sequence[Sequence[int]], n_bare: int = 0) -> Packed:
+    """Pack rows behind their prefix.
 
     Args:
         rows: token ids without the prefix.
         n_bare: the last rows do not follow the prefix and do not see it.
     """
-    ids, positions, owners, starts = list(prefix), list(range(len(prefix))), [0] * len(prefix), []
+    n_prefix, n_behind = len(prefix), len(rows) - n_bare
+    ids, positions, starts = list(prefix), list(range(n_prefix)), []
     for i, row in enumerate(rows):
-        bare = i >= len(rows) - n_bare
-        first = 0 if bare else len(prefix)
         starts.append(len(ids))
         ids += row
+        first = n_prefix if i < n_behind else 0
         positions += range(first, first + len(row))
-        owners += [-(i + 1) if bare else i + 1] * len(row)
-    out = model.model(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
-        attention_mask=_masks(model, torch.tensor(owners), torch.tensor(positions)),
-        use_cache=False,
-    )
-    states: torch.Tensor = out.last_hidden_state[0]
-    return states, starts
+    ends = [*starts[1:], len(ids)]
+    spans = [_span(decoder, [(0, n_prefix)], 0)] if n_prefix else []
+    for which, seen in ((range(n_behind), n_prefix), (range(n_behind, len(rows)), 0)):
+        spans += [_span(decoder, part, seen) for part in _grouped([(starts[i], ends[i]) for i in which])]
+    at = torch.tensor(positions, device=decoder.place.device)
+    factors, shape = decoder.weights.rotary_factors(), decoder.shape
+    turns = decoder.turns(at, shape.rope_theta, factors)
+    near = decoder.turns(at, shape.rope_theta_window, factors) if shape.window else None
+    return Packed(ids, starts, Sequenced(turns, near, spans))
 
 
-def _masks(model: PreTrainedModel, owners: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Return scores (1, 1, S, S) to add, or one such mask for each kind of layer where some look back only so far.
-
-    Args:
-        owners: (S,), 0 for the prefix, i for row i, -i for a row that does not see the prefix.
-    """
-    order = torch.arange(len(owners))
-    own = owners[:, None] == owners[None, :]
-    seen = (order[:, None] >= order[None, :]) & (own | ((owners[None, :] == 0) & (owners[:, None] > 0)))
-    full = _bias(seen, model.dtype)
-    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
-        return full
-    near = positions[:, None] - positions[None, :] < model.config.sliding_window
-    return {"full_attention": full, "sliding_attention": _bias(seen & near, model.dtype)}
+def _grouped(rows: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return rows, as (first, last), in neighbouring groups of at most SPAN_TOKENS tokens (a lone row may have more)."""
+    groups: list[list[tuple[int, int]]] = []
+    for first, last in rows:
+        if groups and last - groups[-1][0][0] <= SPAN_TOKENS:
+            groups[-1].append((first, last))
+        else:
+            groups.append([(first, last)])
+    return groups
 
 
-def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))[None, None]
+def _span(decoder: Decoder, rows: Sequence[tuple[int, int]], n_prefix: int) -> Span:
+    """Return the span of neighbouring rows, each of which sees the prefix and, of its own row, what came before."""
+    first, last = rows[0][0], rows[-1][1]
+    lengths = torch.tensor([b - a for a, b in rows])
+    owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+    order = torch.arange(last - first)
+    own = (owner[:, None] == owner[None, :]) & (order[:, None] >= order[None, :])
+    seen = torch.cat([torch.ones(len(order), n_prefix, dtype=torch.bool), own], 1)
+    near = None
+    if decoder.shape.window:
+        begins = torch.repeat_interleave(torch.tensor([a - first for a, _ in rows]), lengths)
+        position = n_prefix + order - begins
+        keys = torch.cat([torch.arange(n_prefix).expand(len(order), -1), position.expand(len(order), -1)], 1)
+        near = _bias(seen & (position[:, None] - keys < decoder.shape.window), decoder)
+    return Span(first, last, n_prefix, _bias(seen, decoder), near)
 
 
-def base_states(model: PreTrainedModel, texts: Sequence[list[int]]) -> list[torch.Tensor]:
-    """Return the last hidden states (T, D) of each text: its logits are one product away, at a fraction of their size."""
-    out = []
-    for first in range(0, len(texts), 16):
-        part = texts[first : first + 16]
-        with torch.no_grad():
-            states, starts = hidden_states(model, [], part, len(part))
-        out += [states[start : start + len(ids)].clone() for start, ids in zip(starts, part, strict=True)]
-    return out
+def _bias(seen: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+    bias = torch.zeros(seen.shape, dtype=decoder.place.dtype).masked_fill_(~seen, float("-inf"))
+    return bias.to(decoder.place.device)
 
 
-def losses(
-    model: PreTrainedModel, prefix: Sequence[int], rows: Sequence[TrainRow], anchor: Anchor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return, in nats, the answer loss summed over the predicted tokens, and KL(base, model) per token of the anchor.
-
-    Args:
-        prefix: what all rows begin with.
-        anchor: rides along as one more row, without the prefix.
-    """
-    bodies: list[Sequence[int]] = [row.ids[len(prefix) :] for row in rows]
-    if anchor is not None:
-        bodies.append(anchor[0])
-    hidden, starts = hidden_states(model, prefix, bodies, int(anchor is not None))  # (S, D)
-    wanted = [
-        (start + t - 1 - len(prefix), row.ids[t])
-        for start, row in zip(starts, rows, strict=False)  # the anchor's start is left over
-        for t in range(len(prefix) + 1, len(row.ids))
-        if row.supervised[t]
-    ]
-    where = torch.tensor(wanted)  # (N, 2): position, token
-    logits = model.lm_head(hidden[where[:, 0]])  # (N, V)
-    loss = F.cross_entropy(logits.float(), where[:, 1], reduction="sum")
-    if anchor is None:
-        return loss, torch.zeros(())
-    with torch.no_grad():
-        target = F.log_softmax(model.lm_head(anchor[1]).float(), -1)  # (T, V)
-    got = F.log_softmax(model.lm_head(hidden[starts[-1] :]).float(), -1)  # (T, V)
-    return loss, F.kl_div(got, target, reduction="sum", log_target=True) / len(anchor[0])
+def hidden_states(decoder: Decoder, lora: Lora | None, packed: Packed) -> torch.Tensor:
+    """Return what the head multiplies, (T, D), for a packed sequence."""
+    x = decoder.weights.embed(packed.ids)
+    return decoder.norm(decoder.run(x, packed.where, lora))

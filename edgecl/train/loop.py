@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from edgecl_convert import Adapter, GgufFile
 
 from ..errors import EdgeclError
 from ..profile import TrainSettings
-from .base import bf16_is_fast, load_base
 from .batches import TrainRow, epoch, micro_batches, shared_prefix
-from .forward import Anchor, base_states, losses
-from .lora import LoraModel
+from .decoder import Decoder
+from .lora import Lora
+from .losses import Anchor, anchors, losses
+from .weights import placement
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
 
@@ -70,20 +70,20 @@ def train(
     if settings.n_threads:
         torch.set_num_threads(settings.n_threads)
     torch.manual_seed(settings.seed)
-    dtype = torch.bfloat16 if bf16_is_fast() else torch.float32
-    model = load_base(gguf, dtype)
+    place = placement()
+    decoder = Decoder(gguf, place)
     steps_an_epoch = math.ceil(len(new) / settings.batch_rows)
     n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
     n_steps = n_epochs * steps_an_epoch
     texts = list(anchor)[:n_steps] if settings.anchor_weight else []
-    anchors = list(zip(texts, base_states(model, texts), strict=True))
-    lora = LoraModel(model, gguf, settings.r, settings.lora_alpha, settings.seed)
+    pieces = anchors(decoder, texts)
+    lora = Lora(gguf, decoder.shape, settings.r, settings.lora_alpha, settings.seed, place)
     if start is not None:
         lora.warm_start(start)
     prefix = shared_prefix([*new, *replay])
-    optimizer = torch.optim.AdamW(lora.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([lora.flat], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     rng = np.random.default_rng(settings.seed)
-    report = TrainReport(dtype=str(dtype).removeprefix("torch."), load_s=time.perf_counter() - began)
+    report = TrainReport(dtype=str(place.dtype).removeprefix("torch."), load_s=time.perf_counter() - began)
     began = time.perf_counter()
     for _ in range(n_epochs):
         for rows in epoch(new, replay, settings.batch_rows, settings.replay_rows, rng):
@@ -92,13 +92,14 @@ def train(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * schedule(report.steps, n_steps)
-            held = anchors[report.steps % len(anchors)] if anchors else None
-            value = backward(model, prefix, rows, held, settings)
-            nn.utils.clip_grad_norm_(lora.parameters(), settings.max_grad_norm)
+            held = pieces[report.steps % len(pieces)] if pieces else None
+            value = backward(decoder, lora, prefix, rows, held, settings)
+            nn.utils.clip_grad_norm_([lora.flat], settings.max_grad_norm)
             if not math.isfinite(value):
                 raise EdgeclError(f"training loss is {value} at step {report.steps}; lower train.learning_rate")
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)  # its views are where gradients go
+            lora.refresh()
             report.steps += 1
             report.tokens += sum(len(row.ids) for row in rows)
             report.losses.append(round(value, 5))
@@ -110,13 +111,18 @@ def train(
 
 
 def backward(
-    model: PreTrainedModel, prefix: list[int], rows: list[TrainRow], anchor: Anchor | None, settings: TrainSettings
+    decoder: Decoder,
+    lora: Lora,
+    prefix: list[int],
+    rows: list[TrainRow],
+    anchor: Anchor | None,
+    settings: TrainSettings,
 ) -> float:
     """Add the gradient of a batch, part by part; return its mean answer loss in nats."""
     n_predicted = sum(row.n_predicted for row in rows)
     total = 0.0
     for part in micro_batches(rows, len(prefix), settings.micro_tokens):
-        loss, drift = losses(model, prefix, part, anchor)
+        loss, drift = losses(decoder, lora, prefix, part, anchor)
         (loss / n_predicted + settings.anchor_weight * drift).backward()
         total += loss.item()
         anchor = None  # once a batch

@@ -1,66 +1,147 @@
 """LoRA: y = W x + scaling * B (A x), with W frozen, A and B trained in float32.
 
-Adapters cross this module's border in GGUF's layout (`edgecl_convert.Adapter`); inside, rows are in transformers' order.
+All factors lie in one flat parameter: one optimizer step, one norm, one cast a step. Adapters cross this module's border in
+GGUF's layout (`edgecl_convert.Adapter`); inside, rows are in transformers' order.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from edgecl_convert import Adapter, AdapterError, GgufFile
-from edgecl_convert.names import PROJECTIONS, from_gguf_rows, head_counts, module_of, n_heads_permuted, to_gguf_rows
+from edgecl_convert.names import PROJECTIONS, from_gguf_rows, head_counts, n_heads_permuted, to_gguf_rows
+
+from .shape import GROUPS, Shape
+from .weights import Placement
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank update.
+@dataclass
+class LoraGroup:
+    """The factors of projections that share an input, in the dtype of training, and where their gradients go.
 
     Attributes:
-        lora_A: (r, in) float32.
-        lora_B: (out, r) float32, zero at first, so that an untrained adapter changes nothing.
+        a: (k r, in), the lora_A of k projections one below the other.
+        b: (out, k r), their lora_B as blocks on the diagonal.
+        a_grad: (k r, in) float32; b_grads: (out of a projection, r) float32 each.
     """
 
-    def __init__(self, base: nn.Linear, r: int, lora_alpha: float, generator: torch.Generator) -> None:
-        """Wrap `base`; lora_A is drawn as peft draws it (Kaiming uniform, a = sqrt 5)."""
-        super().__init__()
-        self.base = base
-        self.scaling = lora_alpha / r
-        bound = 1.0 / math.sqrt(base.in_features)
-        a = torch.rand((r, base.in_features), generator=generator)
-        self.lora_A = nn.Parameter((2 * a - 1) * bound)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
+    scaling: float
+    a: torch.Tensor
+    b: torch.Tensor
+    blocks: list[torch.Tensor]  # each projection's lora_B in the dtype of training
+    a_grad: torch.Tensor
+    b_grads: list[torch.Tensor]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
-        low = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
-        update = F.linear(low, (self.scaling * self.lora_B).to(x.dtype))  # (..., out)
-        return F.linear(x, self.base.weight, self.base.bias) + update
+    def refresh(self) -> None:
+        """Put the blocks of B in their places; a single one is `b` itself."""
+        if len(self.blocks) > 1:
+            for block, place in zip(self.blocks, self._diagonal(self.b), strict=True):
+                place.copy_(block)
+
+    def add_gradients(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add gradients of the shapes of `a` and `b`."""
+        self.a_grad += a
+        for grad, part in zip(self.b_grads, self._diagonal(b), strict=True):
+            grad += part
+
+    def _diagonal(self, b: torch.Tensor) -> list[torch.Tensor]:
+        parts, row = [], 0
+        for i, grad in enumerate(self.b_grads):
+            n_out, r = grad.shape
+            parts.append(b[row : row + n_out, i * r : (i + 1) * r])
+            row += n_out
+        return parts
 
 
-class LoraModel:
-    """The adapter of a model: its layers by the GGUF name of the weight that they update."""
+@dataclass
+class _Place:
+    """Where a projection's factors stand in the flat parameter."""
 
-    def __init__(self, model: nn.Module, gguf: GgufFile, r: int, lora_alpha: float, seed: int) -> None:
-        """Put LoRA on all seven projections of every layer of `model`, in place."""
-        self.gguf, self.lora_alpha = gguf, lora_alpha
-        self.layers: dict[str, LoraLinear] = {}
-        generator = torch.Generator().manual_seed(seed)
-        for name in gguf.tensors:
-            if name.split(".")[-2:-1] and name.split(".")[-2] in PROJECTIONS and name.endswith(".weight"):
-                path = module_of(name, gguf.architecture).removesuffix(".weight")
-                parent, _, child = path.rpartition(".")
-                holder = model.get_submodule(parent)
-                layer = LoraLinear(getattr(holder, child), r, lora_alpha, generator)
-                setattr(holder, child, layer)
-                self.layers[name] = layer
+    a: slice
+    b: slice
+    a_shape: tuple[int, int]
+    b_shape: tuple[int, int]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return everything that is trained."""
-        return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
+
+@dataclass
+class Lora:
+    """The adapter of a model.
+
+    Attributes:
+        flat: every trained number; its gradient is `flat.grad`.
+        first_layer: the lowest layer that is trained; those below keep what a warm start brought.
+    """
+
+    gguf: GgufFile
+    shape: Shape
+    r: int
+    lora_alpha: float
+    seed: int
+    place: Placement
+    first_layer: int = 0
+    flat: nn.Parameter = field(init=False)
+    groups: dict[tuple[int, str], LoraGroup] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Draw lora_A as peft draws it (Kaiming uniform, a = sqrt 5); lora_B is zero, so nothing changes at first."""
+        self._places: dict[str, _Place] = {}
+        self._below: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        at = 0
+        for layer in range(self.first_layer, self.shape.n_layer):
+            for group, projections in GROUPS.items():
+                at = self._lay_out(layer, projections, self.shape.columns(group), at)
+        self.flat = nn.Parameter(torch.zeros(at, device=self.place.device))
+        self.flat.grad = torch.zeros_like(self.flat)
+        self._cast = torch.zeros(at, device=self.place.device, dtype=self.place.dtype)
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for name, place in self._places.items():
+                a = torch.rand(place.a_shape, generator=generator)
+                self.a(name).copy_((2 * a - 1) / math.sqrt(place.a_shape[1]))
+        self.groups = {
+            (layer, group): self._group(layer, group)
+            for layer in range(self.first_layer, self.shape.n_layer)
+            for group in GROUPS
+        }
+        self.refresh()
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        return self.lora_alpha / self.r
+
+    @property
+    def names(self) -> list[str]:
+        """GGUF names of the weights that are updated."""
+        return list(self._places)
+
+    def a(self, name: str) -> torch.Tensor:
+        """Return lora_A (r, in) of a weight: a view of `flat`."""
+        place = self._places[name]
+        return self.flat.detach()[place.a].view(place.a_shape)
+
+    def b(self, name: str) -> torch.Tensor:
+        """Return lora_B (out, r) of a weight, rows in transformers' order: a view of `flat`."""
+        place = self._places[name]
+        return self.flat.detach()[place.b].view(place.b_shape)
+
+    def gradients(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of lora_A and lora_B of a weight: views of `flat.grad`."""
+        place, grad = self._places[name], self.flat.grad
+        assert grad is not None
+        return grad[place.a].view(place.a_shape), grad[place.b].view(place.b_shape)
+
+    def refresh(self) -> None:
+        """Bring what products use up to date with `flat`, once after each change of it."""
+        self._cast.copy_(self.flat.detach())
+        for group in self.groups.values():
+            group.refresh()
 
     def warm_start(self, adapter: Adapter) -> None:
         """Go on from an adapter, whose layers may have a smaller rank; layers that it does not have stay new.
@@ -69,26 +150,77 @@ class LoraModel:
             AdapterError: it does not fit the base, or has a larger rank.
         """
         adapter.check_fits(self.gguf)
-        heads = head_counts(self.gguf)
         for name, (a, b) in adapter.pairs.items():
-            layer, r = self.layers.get(name), len(a)
-            if layer is None:
+            if name.split(".")[-2] not in PROJECTIONS:
                 raise AdapterError(f"adapter changes {name}, which is not trained here; allowed: {', '.join(PROJECTIONS)}")
-            if r > len(layer.lora_A):
-                raise AdapterError(f"adapter has r {r}, train.r is {len(layer.lora_A)}; set train.r to at least {r}")
-            rows = from_gguf_rows(b, n_heads_permuted(name, self.gguf.architecture, heads))
-            rescale = adapter.scaling(name) / layer.scaling
+            if len(a) > self.r:
+                raise AdapterError(f"adapter has r {len(a)}, train.r is {self.r}; set train.r to at least {len(a)}")
+            rows = torch.from_numpy(np.ascontiguousarray(from_gguf_rows(b, self._n_permuted(name))))
+            rows = rows * (adapter.scaling(name) / self.scaling)
+            if name not in self._places:
+                self._below[name] = (torch.from_numpy(np.array(a)), rows)
+                continue
             with torch.no_grad():
-                layer.lora_A[:r] = torch.from_numpy(np.ascontiguousarray(a))
-                layer.lora_B[:, :r] = torch.from_numpy(np.ascontiguousarray(rows)) * rescale
-                layer.lora_B[:, r:] = 0.0
+                self.a(name)[: len(a)] = torch.from_numpy(np.ascontiguousarray(a))
+                self.b(name)[:, : len(a)] = rows
+                self.b(name)[:, len(a) :] = 0.0
+        self._freeze_below()
+        self.refresh()
 
     def adapter(self) -> Adapter:
-        """Return the trained adapter in GGUF's layout."""
-        heads = head_counts(self.gguf)
+        """Return the adapter in GGUF's layout."""
         adapter = Adapter(self.gguf.architecture, self.lora_alpha)
-        for name, layer in self.layers.items():
-            b = layer.lora_B.detach().numpy().copy()
-            rows = to_gguf_rows(b, n_heads_permuted(name, self.gguf.architecture, heads))
-            adapter.pairs[name] = (layer.lora_A.detach().numpy().copy(), np.ascontiguousarray(rows))
+        pairs = self._below | {name: (self.a(name), self.b(name)) for name in self._places}
+        for name in (name for name in self.gguf.tensors if name in pairs):
+            a, b = (factor.cpu().numpy() for factor in pairs[name])
+            rows = to_gguf_rows(b, self._n_permuted(name))
+            adapter.pairs[name] = (a.copy(), np.ascontiguousarray(rows).copy())
         return adapter
+
+    def _n_permuted(self, name: str) -> int:
+        return n_heads_permuted(name, self.gguf.architecture, head_counts(self.gguf))
+
+    def _lay_out(self, layer: int, projections: tuple[str, ...], n_in: int, at: int) -> int:
+        """Give the projections of a group their places from `at` on, every A before every B; return what follows."""
+        ends = np.cumsum([at] + [self.r * n_in] * len(projections) + [self.r * self.shape.rows(p) for p in projections])
+        spans = [slice(int(a), int(b)) for a, b in pairwise(ends)]
+        for i, projection in enumerate(projections):
+            self._places[f"blk.{layer}.{projection}.weight"] = _Place(
+                spans[i], spans[i + len(projections)], (self.r, n_in), (self.shape.rows(projection), self.r)
+            )
+        return int(ends[-1])
+
+    def _group(self, layer: int, group: str) -> LoraGroup:
+        places = [self._places[f"blk.{layer}.{projection}.weight"] for projection in GROUPS[group]]
+        grad = self.flat.grad
+        assert grad is not None
+        stacked = slice(places[0].a.start, places[-1].a.stop)
+        blocks = [self._cast[place.b].view(place.b_shape) for place in places]
+        n_in = places[0].a_shape[1]
+        b = blocks[0]
+        if len(blocks) > 1:
+            b = self._cast.new_zeros(sum(len(block) for block in blocks), self.r * len(blocks))
+        return LoraGroup(
+            self.scaling,
+            self._cast[stacked].view(-1, n_in),
+            b,
+            blocks,
+            grad[stacked].view(-1, n_in),
+            [grad[place.b].view(place.b_shape) for place in places],
+        )
+
+    def _freeze_below(self) -> None:
+        """Make groups, without gradients, of what a warm start brought for layers that are not trained."""
+        for layer in range(self.first_layer):
+            for group, projections in GROUPS.items():
+                names = [f"blk.{layer}.{projection}.weight" for projection in projections]
+                if not any(name in self._below for name in names):
+                    continue
+                n_in, dtype = self.shape.columns(group), self.place
+                pairs = [
+                    self._below.get(name, (torch.zeros(self.r, n_in), torch.zeros(self.shape.rows(p), self.r)))
+                    for name, p in zip(names, projections, strict=True)
+                ]
+                a = torch.cat([pair[0] for pair in pairs]).to(dtype.device, dtype.dtype)
+                b = torch.block_diag(*(pair[1] for pair in pairs)).to(dtype.device, dtype.dtype)
+                self.groups[layer, group] = LoraGroup(self.scaling, a, b, [], torch.empty(0), [])

@@ -1,0 +1,127 @@
+"""A decoder for training: the layers of a base with LoRA on the upper ones, over rows packed into one sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from edgecl_convert import GgufFile
+
+from .lora import Lora
+from .ops import Attend, Gate, Project, RmsNorm, Rotate, Span
+from .shape import read_shape
+from .weights import Placement, Weights
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """Where the tokens of a packed sequence stand: angles (T, head_dim / 2) as cosine and sine, and what sees what.
+
+    Attributes:
+        window_turns: the angles of layers that look back over a window, or None.
+    """
+
+    turns: tuple[torch.Tensor, torch.Tensor]
+    window_turns: tuple[torch.Tensor, torch.Tensor] | None
+    spans: Sequence[Span]
+
+
+class Decoder:
+    """A base in the dtype of training. `run` goes through some of its layers; what a batch looks like is `forward`'s matter."""
+
+    def __init__(self, gguf: GgufFile, place: Placement, resident_bytes: float = math.inf) -> None:
+        """Read the weights of a GGUF file, `resident_bytes` of them to stay (see `Weights`).
+
+        Raises:
+            UnsupportedError, GgufError: as `read_shape`, or a tensor is missing or has no place.
+        """
+        self.shape = read_shape(gguf)
+        self.place = place
+        self.weights = Weights(gguf, self.shape, place, resident_bytes)
+        self.checkpointing = False
+
+    def run(
+        self, x: torch.Tensor, where: Sequenced, lora: Lora | None, first: int = 0, last: int | None = None
+    ) -> torch.Tensor:
+        """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`."""
+        for layer in range(first, self.shape.n_layer if last is None else last):
+            if self.checkpointing and lora is not None and torch.is_grad_enabled() and layer >= lora.first_layer:
+                x = _Recomputed.apply(x, lora.flat, self, layer, where, lora)
+            else:
+                x = self.layer(x, layer, where, lora)
+        return x
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the head multiplies, (T, D)."""
+        out: torch.Tensor = RmsNorm.apply(x, self.weights.output_norm(), self.shape.norm_eps)
+        return out
+
+    def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None) -> torch.Tensor:
+        """Return the hidden states (T, D) after one layer."""
+        shape = self.shape
+        d, n_q, n_qk = shape.head_dim, shape.n_head, shape.n_head + shape.n_kv
+
+        def norm(values: torch.Tensor, name: str) -> torch.Tensor:
+            factors = self.weights.norm(layer, name)
+            return values if factors is None else RmsNorm.apply(values, factors, shape.norm_eps)
+
+        def project(values: torch.Tensor, group: str) -> torch.Tensor:
+            held = None if lora is None else lora.groups.get((layer, group))
+            flat = lora.flat if lora is not None and layer >= lora.first_layer else None  # no graph below the first
+            return Project.apply(values, flat, self.weights, layer, group, held)
+
+        is_near = shape.looks_back_over_a_window(layer)
+        turns = where.window_turns if is_near and where.window_turns else where.turns
+        qkv = project(norm(x, "attn_norm"), "qkv").view(len(x), n_qk + shape.n_kv, d)
+        q, k = norm(qkv[:, :n_q], "attn_q_norm"), norm(qkv[:, n_q:n_qk], "attn_k_norm")
+        seen = Attend.apply(
+            Rotate.apply(q, *turns),
+            Rotate.apply(k, *turns),
+            qkv[:, n_qk:].transpose(0, 1),
+            where.spans,
+            is_near,
+            shape.score_scale,
+        )
+        out = project(seen, "out")
+        x = x + (norm(out, "post_attention_norm") if shape.is_gemma else out)
+        gated = Gate.apply(project(norm(x, "ffn_norm"), "gate_up"), shape.is_gemma)
+        down = project(gated, "down")
+        return x + (norm(down, "post_ffw_norm") if shape.is_gemma else down)
+
+    def turns(self, positions: torch.Tensor, theta: float, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines (T, head_dim / 2) of the rotary angles at positions (T,)."""
+        steps = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=torch.float32)
+        frequencies = theta ** -(steps / self.shape.head_dim)
+        if factors is not None:
+            frequencies = frequencies / factors
+        angles = positions[:, None].float() * frequencies
+        return angles.cos().to(self.place.dtype), angles.sin().to(self.place.dtype)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer that keeps only its input and is computed again in the backward pass: a little slower, far smaller."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, trained: torch.Tensor, decoder: Decoder, layer: int, where: Sequenced, lora: Lora
+    ) -> torch.Tensor:
+        """Return the layer's output."""
+        ctx.save_for_backward(x)
+        ctx.again = (decoder, layer, where, lora)
+        return decoder.layer(x, layer, where, lora)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of x; those of the factors go to their buffers."""
+        decoder, layer, where, lora = ctx.again
+        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad():
+            y = decoder.layer(x, layer, where, lora)
+        torch.autograd.backward(y, dy)
+        return x.grad, None, None, None, None, None

@@ -1,0 +1,125 @@
+"""The head and its losses, part by part of the vocabulary, and only where something is predicted.
+
+A target is a row t of the head, or a mean of its rows: the loss log sum_v exp(h . w_v) - h . t is then the cross entropy of
+an answer token, or, up to the entropy, that against a whole distribution p of the base, with t = sum_v p_v w_v. So the base's
+distribution is kept as D numbers a token instead of one for each word, and one walk over the head gives loss and gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .batches import TrainRow
+from .decoder import Decoder
+from .forward import hidden_states, pack
+from .lora import Lora
+from .weights import Weights
+
+NO_TOKEN = -1  # of a target that is a mean of rows
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A piece of general text, and what the base predicts there.
+
+    Attributes:
+        expected: (T, D) float32, the mean row of the head under the base's distribution after each token.
+        entropy: of these distributions, in nats, the mean.
+    """
+
+    ids: list[int]
+    expected: torch.Tensor
+    entropy: float
+
+
+@torch.no_grad()
+def anchors(decoder: Decoder, texts: Sequence[list[int]]) -> list[Anchor]:
+    """Return what the base predicts on texts."""
+    out = []
+    for ids in texts:
+        hidden = hidden_states(decoder, None, pack(decoder, [], [ids]))
+        nowhere = torch.full((len(ids),), NO_TOKEN, device=hidden.device)
+        total, expected = _log_sum(hidden, nowhere, decoder.weights)
+        out.append(Anchor(ids, expected, float((total - (hidden * expected).sum(-1)).mean())))
+    return out
+
+
+def losses(
+    decoder: Decoder, lora: Lora | None, prefix: Sequence[int], rows: Sequence[TrainRow], anchor: Anchor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return, in nats, the answer loss summed over the predicted tokens, and KL(base, model) per token of the anchor.
+
+    Args:
+        prefix: what all rows begin with.
+        anchor: rides along as one more row, without the prefix.
+    """
+    bodies: list[Sequence[int]] = [row.ids[len(prefix) :] for row in rows]
+    if anchor is not None:
+        bodies.append(anchor.ids)
+    packed = pack(decoder, prefix, bodies, int(anchor is not None))
+    hidden = hidden_states(decoder, lora, packed)  # (S, D)
+    wanted = [
+        (start + t - 1 - len(prefix), row.ids[t])
+        for start, row in zip(packed.starts, rows, strict=False)  # the anchor's start is left over
+        for t in range(len(prefix) + 1, len(row.ids))
+        if row.supervised[t]
+    ]
+    where, tokens = (list(part) for part in zip(*wanted, strict=True))
+    targets = decoder.weights.head_rows(tokens)
+    if anchor is not None:
+        where += range(packed.starts[-1], len(packed.ids))
+        tokens += [NO_TOKEN] * len(anchor.ids)
+        targets = torch.cat([targets, anchor.expected])
+    at = torch.tensor(tokens, device=hidden.device)
+    each: torch.Tensor = _Losses.apply(hidden[where], targets, at, decoder.weights)
+    if anchor is None:
+        return each.sum(), hidden.new_zeros((), dtype=torch.float32)
+    n = len(wanted)
+    return each[:n].sum(), each[n:].mean() - anchor.entropy
+
+
+class _Losses(torch.autograd.Function):
+    """Loss of each target; the gradient comes with it, because the head is walked once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, tokens: torch.Tensor, weights: Weights) -> torch.Tensor:
+        """Return the losses (N,) float32 of hidden states (N, D) for targets (N, D), which are the rows of tokens (N,)."""
+        others, expected = _log_sum(hidden, tokens, weights)
+        reached = (hidden * targets).sum(-1)  # (N,) float32
+        is_row = tokens != NO_TOKEN
+        total = torch.where(is_row, torch.logaddexp(others, reached), others)
+        loss = total - reached
+        # a row's own share is left out of `expected`: where it is nearly all, the difference of both would be rounding
+        share = torch.where(is_row, -torch.expm1(-loss), 1.0)[:, None]
+        ctx.save_for_backward(expected.mul_((others - total).exp_()[:, None]).sub_(targets * share))
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of the hidden states."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient * d_loss[:, None]).to(ctx.dtype), None, None, None
+
+
+def _log_sum(hidden: torch.Tensor, without: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log sum_v exp(h . w_v) (N,) and its gradient (N, D), float32, over the vocabulary without one token each."""
+    high = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
+    total, gradient = torch.zeros_like(high), torch.zeros(hidden.shape, device=hidden.device)
+    for first, rows in weights.head():
+        logits = (hidden @ rows.T).float()
+        here = (without >= first) & (without < first + len(rows))
+        logits[here, without[here] - first] = -torch.inf
+        higher = torch.maximum(high, logits.amax(-1, keepdim=True))
+        shrink = (high - higher).exp_()
+        shares = logits.sub_(higher).exp_()
+        total.mul_(shrink).add_(shares.sum(-1, keepdim=True))
+        gradient.mul_(shrink).add_(shares.to(hidden.dtype) @ rows)
+        high = higher
+    return (high + total.log())[:, 0], gradient.div_(total)

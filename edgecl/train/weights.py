@@ -1,0 +1,203 @@
+"""Base weights: a GGUF file's tensors, decoded once into the dtype of training, or anew each time they are multiplied.
+
+Resident weights cost 2 bytes each (bfloat16). Packed ones stay in the memory-mapped file; a layer's are decoded into
+one scratch that all layers share, in the forward and again in the backward pass. Both are the same numbers: the kernels are
+ggml's, so an adapter is trained against exactly the weights that the file serves. How many bytes are resident is a matter of
+the memory at hand: the layers nearest the head come first, because those are gone through most often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from edgecl_convert import GgufFile, UnsupportedError
+from edgecl_convert.ggml import dequantize, dequantize_bf16
+from edgecl_convert.names import head_counts, n_heads_permuted
+
+from .shape import GROUPS, Shape
+
+HEAD_PART = 1 << 23  # weights of the head that are multiplied at once
+
+_NORMS = ("attn_norm", "ffn_norm")
+_QK_NORMS = ("attn_q_norm", "attn_k_norm")
+_POST_NORMS = ("post_attention_norm", "post_ffw_norm")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where tensors live and in which dtype products are computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def placement() -> Placement:
+    """Return CUDA in bfloat16 where torch sees a device that has it, else the CPU in what it multiplies fastest."""
+    if torch.cuda.is_available():
+        return Placement(torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
+    return Placement(torch.device("cpu"), torch.bfloat16 if bf16_is_fast() else torch.float32)
+
+
+def bf16_is_fast() -> bool:
+    """Return whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Armv8.6 BF16)."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as handle:
+            flags = set(handle.read().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+class Weights:
+    """The frozen weights of a base, by layer and group of projections."""
+
+    def __init__(self, gguf: GgufFile, shape: Shape, place: Placement, resident_bytes: float = math.inf) -> None:
+        """Decode norms and biases, and of everything else what `resident_bytes` have room for.
+
+        Raises:
+            UnsupportedError: a tensor is missing, or has no place in a model of this architecture.
+        """
+        self.gguf, self.shape, self.place = gguf, shape, place
+        self._heads = head_counts(gguf)
+        self._head_name = "output.weight" if "output.weight" in gguf.tensors else "token_embd.weight"
+        _check_tensors(gguf, shape)
+        self._small = {name: self._vector(name) for name, info in gguf.tensors.items() if len(info.shape) == 1}
+        self.biases = {(layer, group): self._bias(layer, group) for layer in range(shape.n_layer) for group in GROUPS}
+        self._scratch: dict[str, torch.Tensor] = {}
+        self._in_scratch: dict[str, int] = {}
+        self._groups: dict[tuple[int, str], torch.Tensor] = {}
+        self._head: torch.Tensor | None = None
+        left = resident_bytes / place.dtype.itemsize - shape.n_vocab * shape.width
+        if left >= 0:
+            self._head = self._decode(self._head_name, self._empty(shape.n_vocab, shape.width))
+        for layer in reversed(range(shape.n_layer)):
+            if (left := left - shape.layer_weights) < 0:
+                break
+            for group in GROUPS:
+                self._groups[layer, group] = self._decode_group(layer, group, self._empty_group(group))
+
+    def group(self, layer: int, group: str) -> torch.Tensor:
+        """Return the (out, in) rows of a group of projections, one below the other; packed ones only until the next call."""
+        if (held := self._groups.get((layer, group))) is not None:
+            return held
+        if group not in self._scratch:
+            self._scratch[group] = self._empty_group(group)
+        if self._in_scratch.get(group) != layer:
+            self._decode_group(layer, group, self._scratch[group])
+            self._in_scratch[group] = layer
+        return self._scratch[group]
+
+    def norm(self, layer: int, name: str) -> torch.Tensor | None:
+        """Return the factors of a norm of a layer, float32, or None where the architecture has none."""
+        return self._small.get(f"blk.{layer}.{name}.weight")
+
+    def output_norm(self) -> torch.Tensor:
+        """Return the factors of the last norm, float32."""
+        return self._small["output_norm.weight"]
+
+    def rotary_factors(self) -> torch.Tensor | None:
+        """Return what Llama 3.1 divides its rotary frequencies by, (head_dim / 2,), or None."""
+        return self._small.get("rope_freqs.weight")
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the embeddings (T, D) of tokens; only their rows are decoded."""
+        rows = self._rows("token_embd.weight", ids)
+        if self.shape.is_gemma:
+            rows *= self.shape.width**0.5
+        return rows.to(self.place.dtype)
+
+    def head_rows(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the head's rows (T, D) of tokens, as they are multiplied, in float32."""
+        return self._rows(self._head_name, ids).to(self.place.dtype).float()
+
+    def head(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the head in parts: the first token of a part, and its rows (n, D), good until the next part."""
+        step = max(1, HEAD_PART // self.shape.width)
+        for first in range(0, self.shape.n_vocab, step):
+            last = min(first + step, self.shape.n_vocab)
+            if self._head is not None:
+                yield first, self._head[first:last]
+                continue
+            if "head" not in self._scratch:
+                self._scratch["head"] = self._empty(step, self.shape.width)
+            yield first, self._decode(self._head_name, self._scratch["head"][: last - first], first)
+
+    def _rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
+        info = self.gguf.tensors[name]
+        rows = dequantize(self.gguf.blocks(name)[np.asarray(ids)], info.qtype, info.shape[-1])
+        return torch.from_numpy(rows).to(self.place.device)
+
+    def _empty(self, rows: int, columns: int) -> torch.Tensor:
+        return torch.empty((rows, columns), dtype=self.place.dtype, device=self.place.device)
+
+    def _empty_group(self, group: str) -> torch.Tensor:
+        return self._empty(sum(self.shape.rows(name) for name in GROUPS[group]), self.shape.columns(group))
+
+    def _vector(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.gguf.weights(name).copy()).to(self.place.device)
+
+    def _bias(self, layer: int, group: str) -> torch.Tensor | None:
+        """Return the biases of a group in the dtype of training, rows in the order of its weights, or None."""
+        names = [f"blk.{layer}.{name}.bias" for name in GROUPS[group]]
+        if not any(name in self._small for name in names):
+            return None
+        parts = [
+            _from_gguf_rows(self._small[name], n_heads_permuted(name, self.shape.architecture, self._heads))
+            if name in self._small
+            else torch.zeros(self.shape.rows(projection), device=self.place.device)
+            for name, projection in zip(names, GROUPS[group], strict=True)
+        ]
+        return torch.cat(parts).to(self.place.dtype)
+
+    def _decode_group(self, layer: int, group: str, out: torch.Tensor) -> torch.Tensor:
+        first = 0
+        for projection in GROUPS[group]:
+            n_rows = self.shape.rows(projection)
+            self._decode(f"blk.{layer}.{projection}.weight", out[first : first + n_rows])
+            first += n_rows
+        return out
+
+    def _decode(self, name: str, out: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Decode rows of a tensor, from row `first` on, into `out` (rows, in)."""
+        info = self.gguf.tensors[name]
+        blocks, n_in = self.gguf.blocks(name)[first : first + len(out)], info.shape[-1]
+        if self.place == Placement(torch.device("cpu"), torch.bfloat16):
+            dequantize_bf16(blocks, info.qtype, n_in, out.view(torch.uint16).numpy())
+        else:
+            out.copy_(torch.from_numpy(dequantize(blocks, info.qtype, n_in)))
+        if n_heads := n_heads_permuted(name, self.shape.architecture, self._heads):
+            out.copy_(_from_gguf_rows(out, n_heads))
+        self.gguf.release(name)
+        return out
+
+
+def _from_gguf_rows(rows: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Return rows with each head's rotary halves one after the other; n_heads 0: unchanged."""
+    if not n_heads:
+        return rows
+    pairs = rows.view(n_heads, len(rows) // n_heads // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def _check_tensors(gguf: GgufFile, shape: Shape) -> None:
+    projections = [name for names in GROUPS.values() for name in names]
+    norms = [*_NORMS]
+    if shape.architecture in ("qwen3", "gemma3"):
+        norms += _QK_NORMS
+    if shape.is_gemma:
+        norms += _POST_NORMS
+    layers = [f"blk.{layer}." for layer in range(shape.n_layer)]
+    wanted = {"token_embd.weight", "output_norm.weight"}
+    wanted |= {f"{layer}{name}.weight" for layer in layers for name in (*projections, *norms)}
+    allowed = (
+        wanted | {"output.weight", "rope_freqs.weight"} | {f"{layer}{name}.bias" for layer in layers for name in projections}
+    )
+    if missing := sorted(wanted - gguf.tensors.keys()):
+        raise UnsupportedError(f"{gguf.path}: lacks the weights of {missing[0]}")
+    if others := sorted(gguf.tensors.keys() - allowed):
+        raise UnsupportedError(f"{gguf.path}: tensor {others[0]} has no place in a {shape.architecture} model")
