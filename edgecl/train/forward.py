@@ -1,9 +1,10 @@
 """Forward passes of training: a whole batch packed into one sequence.
 
 A night's rows are a few dozen tokens each and begin alike (the template's system turn). The shared prefix stands once in
-front, the rows follow one after another without padding. The products of a layer then have as many rows as there are real
-tokens, which is what a CPU needs. Attention goes span by span: a few rows at a time, which see the prefix and each its own
-row. Gradients are exact: the prefix gets the sum of what its rows send back.
+front, the rows follow one after another. The products of a layer then have as many rows as there are real tokens, which is
+what a CPU needs, and a few more: oneDNN compiles and keeps kernels for every shape that it meets (1 ms and 0.7 MB each), so
+the sequence is filled up to a multiple of 16. Attention goes through it in spans, each of which sees the prefix and the rows
+that it touches. Gradients are exact: the prefix gets the sum of what its rows send back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from .decoder import Decoder, Sequenced
 from .lora import Lora
 from .ops import Span
 
-SPAN_TOKENS = 128  # rows share a span up to so many tokens
+MULTIPLE = 16  # of tokens in a sequence
+KEY_MULTIPLE = 32  # of where a span begins to look
+SPAN_TOKENS = 128
+
+_FILL = -2  # the row of a token that fills up
+
+_PREFIX = -1  # the row of a token that all rows behind it see
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Packed:
     """Prefix + rows as one sequence.
 
     Attributes:
+        ids: with what fills up the last multiple of 32.
         starts: where each row begins; the prefix is not part of it.
     """
 
@@ -40,50 +48,50 @@ def pack(decoder: Decoder, prefix: Sequence[int], rows: Sequence[Sequence[int]],
         rows: token ids without the prefix.
         n_bare: the last rows do not follow the prefix and do not see it.
     """
-    n_prefix, n_behind = len(prefix), len(rows) - n_bare
-    ids, positions, starts = list(prefix), list(range(n_prefix)), []
+    ids, positions, owners, starts = list(prefix), list(range(len(prefix))), [_PREFIX] * len(prefix), []
     for i, row in enumerate(rows):
         starts.append(len(ids))
         ids += row
-        first = n_prefix if i < n_behind else 0
+        first = len(prefix) if i < len(rows) - n_bare else 0
         positions += range(first, first + len(row))
-    ends = [*starts[1:], len(ids)]
-    spans = [_span(decoder, [(0, n_prefix)], 0)] if n_prefix else []
-    for which, seen in ((range(n_behind), n_prefix), (range(n_behind, len(rows)), 0)):
-        spans += [_span(decoder, part, seen) for part in _grouped([(starts[i], ends[i]) for i in which])]
+        owners += [i] * len(row)
+    n_fill = -len(ids) % MULTIPLE
+    positions += [0] * n_fill
+    owners += [_FILL] * n_fill
+    begins = [*range(len(prefix)), *(start for start, row in zip(starts, rows, strict=True) for _ in row), *[len(ids)] * n_fill]
+    spans = _spans(decoder, torch.tensor(owners), torch.tensor(positions), begins, len(prefix), len(rows) - n_bare)
     at = torch.tensor(positions, device=decoder.place.device)
     factors, shape = decoder.weights.rotary_factors(), decoder.shape
     turns = decoder.turns(at, shape.rope_theta, factors)
     near = decoder.turns(at, shape.rope_theta_window, factors) if shape.window else None
-    return Packed(ids, starts, Sequenced(turns, near, spans))
+    return Packed(ids + [0] * n_fill, starts, Sequenced(turns, near, spans))
 
 
-def _grouped(rows: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Return rows, as (first, last), in neighbouring groups of at most SPAN_TOKENS tokens (a lone row may have more)."""
-    groups: list[list[tuple[int, int]]] = []
-    for first, last in rows:
-        if groups and last - groups[-1][0][0] <= SPAN_TOKENS:
-            groups[-1].append((first, last))
-        else:
-            groups.append([(first, last)])
-    return groups
+def _spans(
+    decoder: Decoder, owners: torch.Tensor, positions: torch.Tensor, begins: list[int], n_prefix: int, n_behind: int
+) -> list[Span]:
+    """Return the spans of a sequence.
 
-
-def _span(decoder: Decoder, rows: Sequence[tuple[int, int]], n_prefix: int) -> Span:
-    """Return the span of neighbouring rows, each of which sees the prefix and, of its own row, what came before."""
-    first, last = rows[0][0], rows[-1][1]
-    lengths = torch.tensor([b - a for a, b in rows])
-    owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-    order = torch.arange(last - first)
-    own = (owner[:, None] == owner[None, :]) & (order[:, None] >= order[None, :])
-    seen = torch.cat([torch.ones(len(order), n_prefix, dtype=torch.bool), own], 1)
-    near = None
-    if decoder.shape.window:
-        begins = torch.repeat_interleave(torch.tensor([a - first for a, _ in rows]), lengths)
-        position = n_prefix + order - begins
-        keys = torch.cat([torch.arange(n_prefix).expand(len(order), -1), position.expand(len(order), -1)], 1)
-        near = _bias(seen & (position[:, None] - keys < decoder.shape.window), decoder)
-    return Span(first, last, n_prefix, _bias(seen, decoder), near)
+    Args:
+        owners, positions: (T,) the row of each token and its place behind the prefix; begins: where its row begins.
+        n_behind: so many rows see the prefix.
+    """
+    order = torch.arange(len(owners))
+    behind = (owners >= 0) & (owners < n_behind)
+    spans = []
+    for first in range(0, len(owners), SPAN_TOKENS):
+        last = min(first + SPAN_TOKENS, len(owners))
+        begin = begins[first] // KEY_MULTIPLE * KEY_MULTIPLE
+        seen_from, n_seen = (begin, n_prefix) if begin >= n_prefix else (0, 0)
+        keys = torch.cat([order[:n_seen], order[seen_from:last]])
+        mine = slice(first, last)
+        seen = (owners[mine, None] == owners[keys]) | (behind[mine, None] & (owners[keys] == _PREFIX))
+        seen &= order[mine, None] >= keys
+        near = None
+        if decoder.shape.window:
+            near = _bias(seen & (positions[mine, None] - positions[keys] < decoder.shape.window), decoder)
+        spans.append(Span(first, last, seen_from, n_seen, _bias(seen, decoder), near))
+    return spans
 
 
 def _bias(seen: torch.Tensor, decoder: Decoder) -> torch.Tensor:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .batches import TrainRow
 from .decoder import Decoder
-from .forward import hidden_states, pack
+from .forward import MULTIPLE, hidden_states, pack
 from .lora import Lora
 from .weights import Weights
 
@@ -42,7 +43,7 @@ def anchors(decoder: Decoder, texts: Sequence[list[int]]) -> list[Anchor]:
     """Return what the base predicts on texts."""
     out = []
     for ids in texts:
-        hidden = hidden_states(decoder, None, pack(decoder, [], [ids]))
+        hidden = hidden_states(decoder, None, pack(decoder, [], [ids]))[: len(ids)]
         nowhere = torch.full((len(ids),), NO_TOKEN, device=hidden.device)
         total, expected = _log_sum(hidden, nowhere, decoder.weights)
         out.append(Anchor(ids, expected, float((total - (hidden * expected).sum(-1)).mean())))
@@ -72,7 +73,7 @@ def losses(
     where, tokens = (list(part) for part in zip(*wanted, strict=True))
     targets = decoder.weights.head_rows(tokens)
     if anchor is not None:
-        where += range(packed.starts[-1], len(packed.ids))
+        where += range(packed.starts[-1], packed.starts[-1] + len(anchor.ids))
         tokens += [NO_TOKEN] * len(anchor.ids)
         targets = torch.cat([targets, anchor.expected])
     at = torch.tensor(tokens, device=hidden.device)
@@ -110,6 +111,9 @@ class _Losses(torch.autograd.Function):
 
 def _log_sum(hidden: torch.Tensor, without: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log sum_v exp(h . w_v) (N,) and its gradient (N, D), float32, over the vocabulary without one token each."""
+    n_rows = len(hidden)
+    n_fill = -n_rows % MULTIPLE  # few shapes of products, as in `pack`
+    hidden, without = F.pad(hidden, (0, 0, 0, n_fill)), F.pad(without, (0, n_fill), value=NO_TOKEN)
     high = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
     total, gradient = torch.zeros_like(high), torch.zeros(hidden.shape, device=hidden.device)
     for first, rows in weights.head():
@@ -122,4 +126,4 @@ def _log_sum(hidden: torch.Tensor, without: torch.Tensor, weights: Weights) -> t
         total.mul_(shrink).add_(shares.sum(-1, keepdim=True))
         gradient.mul_(shrink).add_(shares.to(hidden.dtype) @ rows)
         high = higher
-    return (high + total.log())[:, 0], gradient.div_(total)
+    return (high + total.log())[:n_rows, 0], gradient.div_(total)[:n_rows]

@@ -145,15 +145,16 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
 
 
 class Span(NamedTuple):
-    """Tokens that look at the shared prefix and at each other only.
+    """Neighbouring tokens first ... last - 1, and what they look at: tokens seen_from ... last - 1, and a prefix.
 
     Attributes:
-        n_prefix: tokens of the prefix that they see.
-        bias: (n, n_prefix + n), 0 where a token is seen and -inf where not; near: the same within a window, or None.
+        n_prefix: tokens of the prefix, where `seen_from` is behind it, else 0.
+        bias: (n, seen), 0 where a token is seen and -inf where not; near: the same within a window, or None.
     """
 
     first: int
     last: int
+    seen_from: int
     n_prefix: int
     bias: torch.Tensor
     near: torch.Tensor | None
@@ -218,11 +219,11 @@ def _queries(q: torch.Tensor, span: Span, n_kv: int) -> torch.Tensor:
 
 
 def _seen(k: torch.Tensor, span: Span) -> torch.Tensor:
-    """Return the rows (K, n_prefix + n, d) that a span sees."""
-    own = k[:, span.first : span.last]
+    """Return the rows (K, seen, d) that a span sees."""
+    own = k[:, span.seen_from : span.last]
     return torch.cat([k[:, : span.n_prefix], own], 1) if span.n_prefix else own
 
 
 def _add_seen(dk: torch.Tensor, part: torch.Tensor, span: Span) -> None:
     dk[:, : span.n_prefix] += part[:, : span.n_prefix]
-    dk[:, span.first : span.last] += part[:, span.n_prefix :]
+    dk[:, span.seen_from : span.last] += part[:, span.n_prefix :]
