@@ -63,6 +63,7 @@ class TrainSettings:
     Attributes:
         epochs: passes over the new rows.
         min_steps: a small night repeats its rows until it has made this many steps.
+        depth: share of the layers that are trained, counted from the head.
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
         learning_rate: peak; linear warm-up over 5% of the steps, then cosine to a tenth.
@@ -72,6 +73,7 @@ class TrainSettings:
 
     r: int = 8
     lora_alpha: float = 16.0
+    depth: float = 1.0
     epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8
@@ -94,6 +96,8 @@ class TrainSettings:
         _check_least(self, "train.", "", r=1, epochs=0, min_steps=0, batch_rows=1, replay_rows=0, learning_rate=0)
         _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, micro_tokens=1, minutes=0)
         _check_least(self, "train.", "", seed=0, n_threads=0)
+        if not 0 < self.depth <= 1:
+            raise SettingError(f"train.depth must be above 0 and at most 1, got {self.depth}")
         if not self.lora_alpha > 0:
             raise SettingError(f"train.lora_alpha must be above 0, got {self.lora_alpha}")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from edgecl.engine import GGML_TYPE_F32, Engine
 from edgecl.train.decoder import Decoder
-from edgecl.train.forward import hidden_states, pack
+from edgecl.train.forward import hidden_states
 from edgecl.train.lora import Lora
 from edgecl.train.weights import Placement
 from edgecl_convert import (
@@ -72,7 +72,7 @@ def trained(path: Path, adapter: Adapter | None = None) -> Logits:
 
 @torch.no_grad()
 def logits(decoder: Decoder, lora: Lora | None) -> Logits:
-    hidden = hidden_states(decoder, lora, pack(decoder, [], [IDS]))[: len(IDS)]
+    hidden = hidden_states(decoder, lora, [], [IDS])[0][: len(IDS)]
     return torch.cat([hidden @ rows.T for _, rows in decoder.weights.head()], -1).double()
 
 

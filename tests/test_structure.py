@@ -35,7 +35,7 @@ OWNERS = {  # a dependency is imported by these rooms alone
     "peft": set(),
     "llama_cpp": {"engine", "edgecl_convert"},
     "sqlite_utils": {"store", "migrations"},
-    "sqlite3": {"store"},
+    "sqlite3": {"store", "train"},
     "psutil": {"child"},
     "jinja2": {"data"},
     "matplotlib": {"demo", "edgecl_convert"},

@@ -21,6 +21,7 @@ from ..errors import EdgeclError
 from ..profile import TrainSettings
 from .batches import TrainRow, epoch, micro_batches, shared_prefix
 from .decoder import Decoder
+from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import Anchor, anchors, losses
 from .weights import placement
@@ -55,12 +56,14 @@ def train(
     start: Adapter | None = None,
     anchor: Sequence[list[int]] = (),
     progress: Progress | None = None,
+    store: LatentStore | None = None,
 ) -> tuple[Adapter, TrainReport]:
     """Train an adapter for the base `gguf` on new rows, with replay rows in every batch.
 
     Args:
         start: the adapter to go on from.
         anchor: token ids of pieces of general text, on which the model is held to the base; one a step.
+        store: where states that enter the first trained layer are kept; None: they are computed each time.
 
     Raises:
         EdgeclError: the loss is not a number.
@@ -75,11 +78,13 @@ def train(
     steps_an_epoch = math.ceil(len(new) / settings.batch_rows)
     n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
     n_steps = n_epochs * steps_an_epoch
-    texts = list(anchor)[:n_steps] if settings.anchor_weight else []
-    pieces = anchors(decoder, texts)
-    lora = Lora(gguf, decoder.shape, settings.r, settings.lora_alpha, settings.seed, place)
+    first_layer = decoder.shape.n_layer - max(1, round(settings.depth * decoder.shape.n_layer))
+    lora = Lora(gguf, decoder.shape, settings.r, settings.lora_alpha, settings.seed, place, first_layer)
     if start is not None:
         lora.warm_start(start)
+    latents = Latents(decoder, lora, store) if store is not None and first_layer else None
+    texts = list(anchor)[:n_steps] if settings.anchor_weight else []
+    pieces = anchors(decoder, texts, None if lora.digest_below() else latents)
     prefix = shared_prefix([*new, *replay])
     optimizer = torch.optim.AdamW([lora.flat], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     rng = np.random.default_rng(settings.seed)
@@ -93,7 +98,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * schedule(report.steps, n_steps)
             held = pieces[report.steps % len(pieces)] if pieces else None
-            value = backward(decoder, lora, prefix, rows, held, settings)
+            value = backward(decoder, lora, prefix, rows, held, settings, latents)
             nn.utils.clip_grad_norm_([lora.flat], settings.max_grad_norm)
             if not math.isfinite(value):
                 raise EdgeclError(f"training loss is {value} at step {report.steps}; lower train.learning_rate")
@@ -117,12 +122,13 @@ def backward(
     rows: list[TrainRow],
     anchor: Anchor | None,
     settings: TrainSettings,
+    latents: Latents | None = None,
 ) -> float:
     """Add the gradient of a batch, part by part; return its mean answer loss in nats."""
     n_predicted = sum(row.n_predicted for row in rows)
     total = 0.0
     for part in micro_batches(rows, len(prefix), settings.micro_tokens):
-        loss, drift = losses(decoder, lora, prefix, part, anchor)
+        loss, drift = losses(decoder, lora, prefix, part, anchor, latents)
         (loss / n_predicted + settings.anchor_weight * drift).backward()
         total += loss.item()
         anchor = None  # once a batch

@@ -6,6 +6,7 @@ GGUF's layout (`edgecl_convert.Adapter`); inside, rows are in transformers' orde
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -166,6 +167,15 @@ class Lora:
                 self.b(name)[:, len(a) :] = 0.0
         self._freeze_below()
         self.refresh()
+
+    def digest_below(self) -> str:
+        """Return a digest of what a warm start brought for layers that are not trained, "" where it brought nothing."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._below):
+            digest.update(name.encode())
+            for factor in self._below[name]:
+                digest.update(factor.contiguous().numpy().tobytes())
+        return digest.hexdigest() if self._below else ""
 
     def adapter(self) -> Adapter:
         """Return the adapter in GGUF's layout."""

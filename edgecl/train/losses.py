@@ -17,10 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from .batches import TrainRow
 from .decoder import Decoder
-from .forward import MULTIPLE, hidden_states, pack
+from .forward import hidden_states
+from .latents import Latents
 from .lora import Lora
+from .packing import MULTIPLE
 from .weights import Weights
 
+ANCHORS_AT_ONCE = 8
 NO_TOKEN = -1  # of a target that is a mean of rows
 
 
@@ -39,41 +42,49 @@ class Anchor:
 
 
 @torch.no_grad()
-def anchors(decoder: Decoder, texts: Sequence[list[int]]) -> list[Anchor]:
-    """Return what the base predicts on texts."""
+def anchors(decoder: Decoder, texts: Sequence[list[int]], latents: Latents | None = None) -> list[Anchor]:
+    """Return what the base predicts on texts; `latents` must be the base's."""
     out = []
-    for ids in texts:
-        hidden = hidden_states(decoder, None, pack(decoder, [], [ids]))[: len(ids)]
-        nowhere = torch.full((len(ids),), NO_TOKEN, device=hidden.device)
-        total, expected = _log_sum(hidden, nowhere, decoder.weights)
-        out.append(Anchor(ids, expected, float((total - (hidden * expected).sum(-1)).mean())))
+    for first in range(0, len(texts), ANCHORS_AT_ONCE):
+        part = texts[first : first + ANCHORS_AT_ONCE]
+        states, starts = hidden_states(decoder, None, [], part, len(part), latents)
+        for ids, start in zip(part, starts, strict=True):
+            hidden = states[start : start + len(ids)]
+            nowhere = torch.full((len(ids),), NO_TOKEN, device=hidden.device)
+            total, expected = _log_sum(hidden, nowhere, decoder.weights)
+            out.append(Anchor(ids, expected, float((total - (hidden * expected).sum(-1)).mean())))
     return out
 
 
 def losses(
-    decoder: Decoder, lora: Lora | None, prefix: Sequence[int], rows: Sequence[TrainRow], anchor: Anchor | None
+    decoder: Decoder,
+    lora: Lora | None,
+    prefix: Sequence[int],
+    rows: Sequence[TrainRow],
+    anchor: Anchor | None,
+    latents: Latents | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return, in nats, the answer loss summed over the predicted tokens, and KL(base, model) per token of the anchor.
 
     Args:
         prefix: what all rows begin with.
         anchor: rides along as one more row, without the prefix.
+        latents: where the states come from that enter the first trained layer; None: from all layers below it.
     """
     bodies: list[Sequence[int]] = [row.ids[len(prefix) :] for row in rows]
     if anchor is not None:
         bodies.append(anchor.ids)
-    packed = pack(decoder, prefix, bodies, int(anchor is not None))
-    hidden = hidden_states(decoder, lora, packed)  # (S, D)
+    hidden, starts = hidden_states(decoder, lora, prefix, bodies, int(anchor is not None), latents)  # (T, D)
     wanted = [
         (start + t - 1 - len(prefix), row.ids[t])
-        for start, row in zip(packed.starts, rows, strict=False)  # the anchor's start is left over
+        for start, row in zip(starts, rows, strict=False)  # the anchor's start is left over
         for t in range(len(prefix) + 1, len(row.ids))
         if row.supervised[t]
     ]
     where, tokens = (list(part) for part in zip(*wanted, strict=True))
     targets = decoder.weights.head_rows(tokens)
     if anchor is not None:
-        where += range(packed.starts[-1], packed.starts[-1] + len(anchor.ids))
+        where += range(starts[-1], starts[-1] + len(anchor.ids))
         tokens += [NO_TOKEN] * len(anchor.ids)
         targets = torch.cat([targets, anchor.expected])
     at = torch.tensor(tokens, device=hidden.device)

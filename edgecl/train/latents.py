@@ -1,0 +1,161 @@
+"""Latent cache: the hidden states that enter the first trained layer, computed once for each row and kept on disk.
+
+Layers below the first trained one are the same in every epoch and on every night, and so is what they make of a row. On disk,
+because a night's memory must not grow with its rows; reading a batch takes a millisecond. It is a cache: whatever is wrong
+with an entry or with the whole file, the answer is to compute again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .decoder import Decoder
+from .lora import Lora
+from .packing import pack
+
+VERSION = 1  # of what an entry holds: raised when a change of the decoder makes other states of the same row
+MAX_BYTES = 1 << 30
+
+
+class LatentStore:
+    """A SQLite file of states by key; over `max_bytes`, those unused for longest go first."""
+
+    def __init__(self, path: Path | str, base_sha256: str, max_bytes: int = MAX_BYTES) -> None:
+        """Open or create a cache of a base's states; a file that is not one is replaced."""
+        self.path, self.base_sha256, self.max_bytes = Path(path), base_sha256, max_bytes
+        try:
+            self._open()
+        except sqlite3.DatabaseError:
+            self._start_over()
+
+    def __enter__(self) -> LatentStore:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return an entry, None where there is none or it is damaged."""
+        try:
+            row = self._db.execute("SELECT states, checksum FROM latents WHERE key = ?", (key,)).fetchone()
+        except sqlite3.DatabaseError:
+            self._start_over()
+            return None
+        if row is None or zlib.crc32(row[0]) != row[1]:
+            return None
+        self._used.add(key)
+        states: bytes = row[0]
+        return states
+
+    def put(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
+        """Keep entries, in one transaction; without room for them, on disk or under `max_bytes`, they are not kept."""
+        size = sum(len(states) for _, states in entries)
+        if size > self.max_bytes:
+            return
+        try:
+            with self._db:
+                self._mark_used()
+                self._make_room(size)
+                rows = [(key, states, zlib.crc32(states), self._now) for key, states in entries]
+                self._db.executemany("REPLACE INTO latents (key, states, checksum, used) VALUES (?, ?, ?, ?)", rows)
+            self._size += size
+        except sqlite3.OperationalError:
+            pass  # a full or read-only disk costs time, not the night
+        except sqlite3.DatabaseError:
+            self._start_over()
+
+    def _open(self) -> None:
+        self._db = sqlite3.connect(self.path)
+        self._db.execute("PRAGMA synchronous = OFF")  # a torn file is found by its checksums
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS latents"
+            " (id INTEGER PRIMARY KEY, key BLOB UNIQUE, states BLOB, checksum INTEGER, used INTEGER)"
+        )
+        self._db.commit()
+        size, used = self._db.execute("SELECT coalesce(sum(length(states)), 0), coalesce(max(used), 0) FROM latents").fetchone()
+        self._size, self._now = int(size), int(used) + 1  # a clock of openings
+        self._used: set[bytes] = set()
+
+    def _start_over(self) -> None:
+        self._db.close()
+        for suffix in ("", "-journal"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        self._open()
+
+    def _mark_used(self) -> None:
+        self._db.executemany("UPDATE latents SET used = ? WHERE key = ?", [(self._now, key) for key in self._used])
+        self._used.clear()
+
+    def _make_room(self, size: int) -> None:
+        while self._size + size > self.max_bytes:
+            oldest = self._db.execute("SELECT id, length(states) FROM latents ORDER BY used, id LIMIT 100").fetchall()
+            for entry, n_bytes in oldest:
+                self._db.execute("DELETE FROM latents WHERE id = ?", (entry,))
+                self._size -= n_bytes
+                if self._size + size <= self.max_bytes:
+                    break
+            if not oldest:
+                self._size = 0
+
+
+class Latents:
+    """States of rows that enter the first trained layer of an adapter: from the store, else computed and kept."""
+
+    def __init__(self, decoder: Decoder, lora: Lora, store: LatentStore) -> None:
+        """Take the layers below `lora.first_layer`, with what a warm start brought for them."""
+        self.decoder, self.lora, self.store = decoder, lora, store
+        self.n_computed = self.n_found = 0
+        facts = (VERSION, store.base_sha256, lora.first_layer, str(decoder.place.dtype), lora.digest_below())
+        self._digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
+
+    def states(self, prefix: Sequence[int], rows: Sequence[Sequence[int]], n_bare: int = 0) -> torch.Tensor:
+        """Return the states (T, D) of prefix and rows, without what fills up; arguments as for `pack`."""
+        n_behind = len(rows) - n_bare
+        wanted = [(tuple(prefix) if i < n_behind else (), tuple(row)) for i, row in enumerate(rows)]
+        if prefix:
+            wanted.append(((), tuple(prefix)))
+        keys = [self._key(*pair) for pair in wanted]
+        found = {key: self._from_bytes(states) for key in keys if (states := self.store.get(key)) is not None}
+        for key, (_, row) in zip(keys, wanted, strict=True):
+            if key in found and found[key].shape != (len(row), self.decoder.shape.width):
+                del found[key]
+        missing = dict(pair for pair in zip(keys, wanted, strict=True) if pair[0] not in found)
+        self.n_found += len(rows) - len(missing)
+        self.n_computed += len(missing)
+        if missing:
+            self._compute(prefix, missing, found)
+        order = [keys[-1], *keys[:-1]] if prefix else keys
+        return torch.cat([found[key] for key in order]).to(self.decoder.place.device)
+
+    @torch.no_grad()
+    def _compute(
+        self,
+        prefix: Sequence[int],
+        missing: dict[bytes, tuple[tuple[int, ...], tuple[int, ...]]],
+        found: dict[bytes, torch.Tensor],
+    ) -> None:
+        keys = sorted(missing, key=lambda key: not missing[key][0])  # rows behind the prefix come first
+        bare = [key for key in keys if not missing[key][0]]
+        packed = pack(self.decoder, prefix, [missing[key][1] for key in keys], len(bare))
+        x = self.decoder.run(self.decoder.weights.embed(packed.ids), packed.where, self.lora, 0, self.lora.first_layer)
+        for key, start in zip(keys, packed.starts, strict=True):
+            found[key] = x[start : start + len(missing[key][1])].cpu()
+        self.store.put([(key, found[key].contiguous().view(torch.uint8).numpy().tobytes()) for key in keys])
+
+    def _key(self, prefix: tuple[int, ...], row: tuple[int, ...]) -> bytes:
+        digest = self._digest.copy()
+        digest.update(np.array([len(prefix), *prefix, *row], np.int64).tobytes())
+        return digest.digest()
+
+    def _from_bytes(self, states: bytes) -> torch.Tensor:
+        flat = torch.frombuffer(bytearray(states), dtype=torch.uint8).view(self.decoder.place.dtype)
+        return flat.view(-1, self.decoder.shape.width)
