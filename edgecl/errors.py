@@ -6,6 +6,7 @@ EdgeclError                       the base: catch this one
 ├── StoreError                    replay.db cannot be opened, or is of a newer version
 ├── GenerationError               a base, manifest or generation that is missing or does not match its hash
 ├── EngineError                   llama.cpp could not load or run a model
+├── Diverged                      training came to a loss that is not a number: the night is refused (exit code 3)
 ├── StageError                    a child process (train, merge, measure) failed, crashed or ran out
 ├── NothingToLearn                no pending example (exit code 4)
 └── NotNow                        another night is running; try again later (exit code 75)
@@ -44,6 +45,12 @@ class GenerationError(EdgeclError):
 
 class EngineError(EdgeclError):
     """llama.cpp could not load or run a model."""
+
+
+class Diverged(EdgeclError):
+    """Training came to a loss that is not a number; the message names step and rows."""
+
+    exit_code = 3
 
 
 class StageError(EdgeclError):

@@ -18,7 +18,7 @@ from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .errors import StageError
+from .errors import Diverged, EdgeclError, StageError
 from .gate import TaskResult, judge
 from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import Meter, mean_loss, record_of
@@ -114,8 +114,12 @@ class Night:
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
             after, report.prose["after"] = self.meter.measure(tonight, rows)
-        except StageError as error:
-            self.store.record_night(None, False, str(error), report.as_dict() | {"log": error.log})
+        except EdgeclError as error:
+            log = {"log": error.log} if isinstance(error, StageError) else {}
+            report.reason = str(error)
+            self.store.record_night(None, False, report.reason, report.as_dict() | log)
+            if error.exit_code == Diverged.exit_code:
+                return self._refuse(draft)
             raise
         finally:
             report.eval_s = self.meter.eval_s
@@ -129,10 +133,19 @@ class Night:
         if not verdict.accepted and self.gate == "enforce":
             report.reason = report.verdict
             self.store.record_night(None, False, report.reason, report.as_dict())
-            shutil.rmtree(draft, ignore_errors=True)
-            return report
+            return self._refuse(draft)
         self._publish(draft, tonight, yesterday, new)
+        self._checkpoint.unlink(missing_ok=True)
         return report
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.generations.home / "runs" / "checkpoint.safetensors"
+
+    def _refuse(self, draft: Path) -> AdaptReport:
+        shutil.rmtree(draft, ignore_errors=True)
+        self._checkpoint.unlink(missing_ok=True)
+        return self.report
 
     def _plan(self, new: list[Stored], replay: list[Stored]) -> Plan:
         """Return what each task is measured on: its held-out rows, else tonight's own, else those it rehearses."""
@@ -145,14 +158,20 @@ class Night:
         return plan
 
     def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored]) -> None:
-        settings = replace(self.settings.train, minutes=0.6 * self.minutes, n_threads=self.profile.threads)
+        limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)
+        self._checkpoint.parent.mkdir(exist_ok=True, mode=0o700)
+        learning = {row.example.task for row in new}
+        heldout = [row for row in self.store.rows("heldout") if row.example.task in learning]
         request = {
             "base": self.settings.base,
             "base_sha256": yesterday.manifest.base_sha256,
             "start": str(yesterday.folder / "adapter.gguf") if yesterday.number else None,
             "new": [record_of(row.example) for row in new],
             "replay": [record_of(row.example) for row in replay],
-            "settings": asdict(settings),
+            "heldout": [record_of(row.example) for row in heldout] if self.settings.train.patience else [],
+            "settings": asdict(self.settings.train),
+            "limits": asdict(limits),
+            "runs": str(self._checkpoint.parent),
             "adapter_gguf": str(draft / "adapter.gguf"),
             "adapter_peft": str(draft / "adapter"),
         }

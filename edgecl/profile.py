@@ -21,6 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+SCHEDULES = ("constant", "linear", "cosine", "oscillating")
 T = TypeVar("T")
 
 
@@ -29,9 +30,10 @@ class Profile:
     """What a machine may give to a night and to serving.
 
     Attributes:
-        threads: cores to use, 0 for all.
-        ram_bytes: what a child process may hold; more is a refused night.
+        threads: cores to use, 0 for all; training leaves one of more than two to who is chatting meanwhile.
+        ram_bytes: what a child process may hold; training is planned to fit, and more is a refused night.
         minutes: longest night.
+        n_ctx: tokens of the served context; longer examples are cut from the left of the prompt.
         nice: added to the niceness of the training child.
     """
 
@@ -66,9 +68,11 @@ class TrainSettings:
         depth: share of the layers that are trained, counted from the head.
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
-        learning_rate: peak; linear warm-up over 5% of the steps, then cosine to a tenth.
-        micro_tokens: a step is split into parts of at most this many tokens, which bounds its memory.
-        minutes: training stops at the first step boundary after this long, with a usable adapter.
+        learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).
+        warmup: share of the steps in which the rate rises; cycles, bump, settled: of the oscillating schedule.
+        ema_decay: of the exponential moving average of the adapter that is merged instead of the last; 0: none.
+        patience: training stops when held-out answer loss was best so many measurements ago; 0: never.
+        eval_every: steps between two such measurements.
     """
 
     r: int = 8
@@ -79,13 +83,18 @@ class TrainSettings:
     batch_rows: int = 8
     replay_rows: int = 8
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    cycles: int = 4
+    bump: float = 0.5
+    settled: float = 0.5
+    ema_decay: float = 0.0
+    patience: int = 0
+    eval_every: int = 10
     weight_decay: float = 0.0
     anchor_weight: float = 1.0
     max_grad_norm: float = 1.0
-    micro_tokens: int = 768
-    minutes: float = 60.0
     seed: int = 0
-    n_threads: int = 0
 
     def __post_init__(self) -> None:
         """Check every setting.
@@ -94,8 +103,13 @@ class TrainSettings:
             SettingError: a setting is out of range.
         """
         _check_least(self, "train.", "", r=1, epochs=0, min_steps=0, batch_rows=1, replay_rows=0, learning_rate=0)
-        _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, micro_tokens=1, minutes=0)
-        _check_least(self, "train.", "", seed=0, n_threads=0)
+        _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, seed=0, patience=0, eval_every=1)
+        _check_least(self, "train.", "", warmup=0, cycles=1, bump=0, settled=0, ema_decay=0)
+        for key in ("warmup", "settled", "ema_decay"):
+            if not getattr(self, key) < 1:
+                raise SettingError(f"train.{key} must be below 1, got {getattr(self, key)}")
+        if self.schedule not in SCHEDULES:
+            raise SettingError(f"train.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule}")
         if not 0 < self.depth <= 1:
             raise SettingError(f"train.depth must be above 0 and at most 1, got {self.depth}")
         if not self.lora_alpha > 0:

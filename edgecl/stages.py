@@ -27,7 +27,7 @@ from edgecl_convert import (
 
 from .data import ChatFormat, Example, is_correct
 from .errors import EdgeclError
-from .profile import TrainSettings
+from .profile import Profile, TrainSettings
 
 Request = dict[str, Any]
 Report = Callable[[int, int, str], None]
@@ -64,29 +64,38 @@ def prose_text() -> str:
 def train_stage(request: Request, report: Report) -> Request:
     """Train tonight's adapter; write it as GGUF and as a PEFT folder."""
     from .engine import VocabFile
-    from .train import TrainRow, train
+    from .train import LatentStore, Night, TrainRow, train
 
-    settings = TrainSettings(**request["settings"])
     with GgufFile(request["base"]) as gguf:
         with VocabFile(gguf.path) as vocab:
             chats = chat_format(gguf, vocab)
-            new, replay = (
+            new, replay, heldout = (
                 [TrainRow(e.ids, e.supervised) for e in (chats.encode(example_from(r)) for r in request[key])]
-                for key in ("new", "replay")
+                for key in ("new", "replay", "heldout")
             )
             ids = vocab.encode((HERE / "anchor.txt").read_text("utf-8"))
         n = 32  # as long as a short row, so that padding costs little
         anchor = [ids[i : i + n] for i in range(0, len(ids) - n, n)]
         start = read_gguf_adapter(request["start"]) if request["start"] else None
-        adapter, result = train(
-            gguf,
-            new,
-            replay,
-            settings,
-            start,
-            anchor,
-            lambda done, total, loss: report(done, total, f"loss {loss:.3f}"),
-        )
+        runs = Path(request["runs"])
+        with LatentStore(runs / "latents.db", request["base_sha256"]) as store:
+            night = Night(
+                start=start,
+                anchor=anchor,
+                heldout=heldout,
+                store=store,
+                checkpoint=runs / "checkpoint.safetensors",
+                base_sha256=request["base_sha256"],
+            )
+            adapter, result = train(
+                gguf,
+                new,
+                replay,
+                TrainSettings(**request["settings"]),
+                Profile(**request["limits"]),
+                night,
+                lambda done, total, loss: report(done, total, f"loss {loss:.3f}"),
+            )
         adapter.base_sha256 = request["base_sha256"]
         write_gguf_adapter(request["adapter_gguf"], adapter)
         write_peft_adapter(request["adapter_peft"], adapter, gguf)

@@ -71,14 +71,15 @@ def test_bfloat16_bits_are_those_of_the_float32_weights_rounded(qtype: QType, mo
     weights = np.concatenate([awkward(), normal(40, 64)])
     blocks = quantize(weights, qtype)
     wanted = torch.from_numpy(dequantize(blocks, qtype, 64)).bfloat16().view(torch.uint16).numpy()
-    out = np.empty(weights.shape, np.uint16)
-    for at_once, n_threads in ((64, 2), (7 * 64, 1), (1 << 20, 3)):
+    for at_once, n_threads in ((64, 2), (7 * 64, 1), (16, 5), (1 << 20, 3)):
         monkeypatch.setattr(ggml, "DECODED_AT_ONCE", at_once)
-        dequantize_bf16(blocks, qtype, 64, out, n_threads)
-        np.testing.assert_array_equal(out, wanted)
+        out = [np.empty(weights.shape, np.uint16), np.empty((3, 64), np.uint16)]
+        dequantize_bf16([(blocks, qtype, out[0]), (blocks[20:23], qtype, out[1])], n_threads)
+        np.testing.assert_array_equal(out[0], wanted)
+        np.testing.assert_array_equal(out[1], wanted[20:23])
     monkeypatch.setattr(ggml, "_LIB", None)
-    dequantize_bf16(blocks, qtype, 64, out)
-    np.testing.assert_array_equal(out, wanted)
+    dequantize_bf16([(blocks, qtype, out[0])])
+    np.testing.assert_array_equal(out[0], wanted)
 
 
 @pytest.mark.parametrize("qtype", K_ERROR, ids=lambda t: t.name)

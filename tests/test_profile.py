@@ -1,7 +1,6 @@
 """Profiles and edgecl.toml: what is shipped loads, a misspelt or impossible limit is named, what is written is read back."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from edgecl.errors import SettingError
 from edgecl.gate import GateSettings
 from edgecl.profile import (
+    SCHEDULES,
     Profile,
     ReplaySettings,
     Settings,
@@ -104,10 +104,18 @@ def values_of(cls: type[Any], **named: st.SearchStrategy[Any]) -> st.SearchStrat
     return st.builds(cls, **{f.name: by_type[type(f.default)] for f in fields}, **named)
 
 
+BELOW_ONE = st.floats(0.0, 1.0, exclude_max=True)
 SETTINGS = values_of(
     Settings,
     base=st.text(st.characters(codec="utf-8"), max_size=30),
-    train=values_of(TrainSettings, learning_rate=st.floats(0, 1e300), minutes=st.floats(0, math.inf)),
+    train=values_of(
+        TrainSettings,
+        learning_rate=st.floats(0, 1e300),
+        schedule=st.sampled_from(SCHEDULES),
+        warmup=BELOW_ONE,
+        settled=BELOW_ONE,
+        ema_decay=BELOW_ONE,
+    ),
     replay=values_of(ReplaySettings),
     gate=values_of(GateSettings, max_drop=st.floats(allow_nan=False)),
 )
@@ -137,6 +145,9 @@ def test_settings_are_read_back_as_they_were_written(tmp_path_factory: pytest.Te
         ("base = 'b'\n[train]\nlearning_rate = nan", "train.learning_rate must be at least 0, got nan"),
         ("base = 'b'\n[train]\nlora_alpha = 0", "train.lora_alpha must be above 0, got 0"),
         ("base = 'b'\n[train]\nseed = -1", "train.seed must be at least 0, got -1"),
+        ("base = 'b'\n[train]\ndepth = 0", "train.depth must be above 0 and at most 1, got 0"),
+        ("base = 'b'\n[train]\nema_decay = 1", "train.ema_decay must be below 1, got 1"),
+        ("base = 'b'\n[train]\nschedule = 'zigzag'", "train.schedule must be one of constant, linear, cosine, oscillating"),
         ("base = 'b'\n[replay]\nshare = 1.1", "replay.share must be from 0 to 1, got 1.1"),
         ("base = 'b'\n[replay]\nheldout = nan", "replay.heldout must be from 0 to 1, got nan"),
         ("base = 'b'\n[replay]\narchive = 1", "archive must be a bool, got 1"),

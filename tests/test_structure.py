@@ -36,13 +36,13 @@ OWNERS = {  # a dependency is imported by these rooms alone
     "llama_cpp": {"engine", "edgecl_convert"},
     "sqlite_utils": {"store", "migrations"},
     "sqlite3": {"store", "train"},
-    "psutil": {"child"},
+    "psutil": {"child", "train"},
     "jinja2": {"data"},
     "matplotlib": {"demo", "edgecl_convert"},
     "click": {"cli"},
     "rich": {"cli"},
     "gguf": {"edgecl_convert"},
-    "safetensors": {"edgecl_convert"},
+    "safetensors": {"train", "edgecl_convert"},
     "threadpoolctl": {"edgecl_convert"},
 }
 CONVERT_OWNERS = {  # and within the conversion stage by these files alone, inside functions

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -119,9 +119,9 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each_chunk(n_rows: int, n_per_row: int, work: Callable[[int, int], None], n_threads: int, at_once: int = 0) -> None:
+def each_chunk(n_rows: int, n_per_row: int, work: Callable[[int, int], None], n_threads: int) -> None:
     """Call `work(first_row, last_row)` over all rows, `n_threads` at a time; the kernels release the GIL."""
-    step = max(1, (at_once or CHUNK_WEIGHTS) // n_per_row)
+    step = max(1, CHUNK_WEIGHTS // n_per_row)
     spans = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
     if n_threads == 1 or len(spans) == 1:
         for start, stop in spans:
@@ -245,24 +245,44 @@ def dequantize(blocks: Bytes, qtype: QType, n_per_row: int, n_threads: int = 0) 
     return weights
 
 
-def dequantize_bf16(blocks: Bytes, qtype: QType, n_per_row: int, out: NDArray[np.uint16], n_threads: int = 0) -> None:
-    """Write the weights of a whole tensor as bfloat16 bits into `out` (rows, n_per_row), on `n_threads` (0: every core)."""
-    step = max(1, DECODED_AT_ONCE // n_per_row)
+def dequantize_bf16(tensors: Sequence[tuple[Bytes, QType, NDArray[np.uint16]]], n_threads: int = 0) -> None:
+    """Write the weights of whole tensors as bfloat16 bits.
 
-    def work(start: int, stop: int) -> None:
-        wide = np.empty((min(step, stop - start), n_per_row), np.float32)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            _to_bf16(dequantize_rows(blocks[first:last], qtype, n_per_row, wide[: last - first]), out[first:last])
+    Every thread takes its share of the rows of each tensor: waking one takes as long as decoding 100,000 weights.
 
-    threads = n_threads or default_threads()
-    each_chunk(len(blocks), n_per_row, work, threads, min(CHUNK_WEIGHTS, -(-len(blocks) // threads) * n_per_row))
-
-
-def _to_bf16(weights: F32Array, out: NDArray[np.uint16]) -> None:
-    """Round float32 to the nearest bfloat16, halves to even."""
-    if _LIB is not None:
-        _LIB.ggml_fp32_to_bf16_row(weights.ctypes.data, out.ctypes.data, weights.size)
+    Args:
+        tensors: blocks, their type, and where the bits go, contiguous (rows, n_per_row).
+        n_threads: 0 for every core.
+    """
+    if _LIB is None or any(_to_float(qtype) is None for _, qtype, _ in tensors):
+        for blocks, qtype, out in tensors:
+            bits = dequantize(blocks, qtype, out.shape[1], n_threads).view(np.uint32)
+            out[:] = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to the nearest, halves to even
         return
-    bits = weights.view(np.uint32)
-    out[:] = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    threads = n_threads or default_threads()
+    sources = [np.ascontiguousarray(blocks) for blocks, _, _ in tensors]
+
+    def work(share: int) -> None:
+        wide = np.empty(DECODED_AT_ONCE, np.float32)
+        for source, (_, qtype, out) in zip(sources, tensors, strict=True):
+            n_rows, n_per_row = out.shape
+            if n_per_row > len(wide):
+                wide = np.empty(n_per_row, np.float32)
+            _decode_bf16(source, qtype, out, wide, n_rows * share // threads, n_rows * (share + 1) // threads)
+
+    others = [_pool(threads).submit(work, share) for share in range(1, threads)]
+    work(0)
+    for done in others:
+        done.result()
+
+
+def _decode_bf16(source: Bytes, qtype: QType, out: NDArray[np.uint16], wide: F32Array, start: int, stop: int) -> None:
+    """Decode some rows by way of `wide`; addresses only, because between two calls the other threads wait for the GIL."""
+    decode, to_bf16 = _to_float(qtype), _LIB.ggml_fp32_to_bf16_row  # type: ignore[union-attr]
+    assert decode is not None
+    n_per_row, n_row_bytes = out.shape[1], source.shape[1]
+    from_, between, to, step = source.ctypes.data, wide.ctypes.data, out.ctypes.data, len(wide) // n_per_row
+    for first in range(start, stop, step):
+        n = (min(first + step, stop) - first) * n_per_row
+        decode(from_ + first * n_row_bytes, between, n)
+        to_bf16(between, to + 2 * first * n_per_row, n)

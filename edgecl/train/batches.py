@@ -21,6 +21,20 @@ class TrainRow:
         return sum(self.supervised)
 
 
+def usable(row: TrainRow, n_ctx: int) -> TrainRow | None:
+    """Return a row cut from the left to `n_ctx` tokens; None where it has no answer, or its last one would be cut."""
+    if not any(row.supervised):
+        return None
+    n_cut = len(row.ids) - n_ctx
+    if n_cut <= 0:
+        return row
+    last = len(row.ids) - row.supervised[::-1].index(True)
+    answer = last - row.supervised[:last][::-1].index(False) if False in row.supervised[:last] else 0
+    if answer <= n_cut:  # one token of the prompt stays: what is predicted needs something before it
+        return None
+    return TrainRow(row.ids[n_cut:], [False, *row.supervised[n_cut + 1 :]])
+
+
 def shared_prefix(rows: Sequence[TrainRow]) -> list[int]:
     """Return the ids that all rows begin with, ending at least one token before anything is predicted."""
     if not rows:

@@ -1,29 +1,39 @@
 """The training loop: a night's rows into a LoRA adapter, read top to bottom.
 
-bfloat16 base where the CPU multiplies it in hardware, float32 elsewhere; the head runs only where an answer is predicted;
-AdamW on float32 adapter weights. Same rows, seed and thread count: same adapter, bit for bit.
+Rows are cut to the context and put into batches; the planner decides what fits; a checkpoint of the same night is gone on
+from; then each step is the gradient of a batch, part by part, and one AdamW step on one flat float32 parameter. Same rows,
+seed and thread count: same adapter, bit for bit, interrupted or not.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from edgecl_convert import Adapter, GgufFile
+from edgecl_convert.ggml import default_threads
 
-from ..errors import EdgeclError
-from ..profile import TrainSettings
-from .batches import TrainRow, epoch, micro_batches, shared_prefix
+from ..errors import DataError, Diverged
+from ..profile import Profile, TrainSettings
+from .batches import TrainRow, epoch, micro_batches, shared_prefix, usable
+from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
 from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import Anchor, anchors, losses
+from .plan import Plan, Typical, plan_memory, plan_time
+from .schedule import learning_rate
+from .shape import read_shape
 from .weights import placement
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
@@ -36,6 +46,10 @@ class TrainReport:
     Attributes:
         tokens: unpadded tokens of all rows trained on, counted as if each row were run alone: a prefix that rows share is
             computed once a batch and counted for each.
+        plan: what the planner chose, in a line; predicted_s and predicted_rss_bytes: what it expected of this run.
+        n_cut: rows cut from the left to the context; n_left_out: rows without an answer, or whose answer is longer than that.
+        resumed_at: the step that a checkpoint was gone on from.
+        heldout: answer loss on held-out rows, by step.
     """
 
     steps: int = 0
@@ -44,8 +58,38 @@ class TrainReport:
     load_s: float = 0.0
     tokens_per_s: float = 0.0
     dtype: str = ""
+    plan: str = ""
+    predicted_s: float = 0.0
+    predicted_rss_bytes: int = 0
+    n_cut: int = 0
+    n_left_out: int = 0
+    resumed_at: int = 0
     stopped_early: bool = False
     losses: list[float] = field(default_factory=list)
+    heldout: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Night:
+    """What training is given beside base, rows and settings.
+
+    Attributes:
+        start: the adapter to go on from.
+        anchor: token ids of pieces of general text, on which the model is held to the base; one a step.
+        heldout: rows that tell when to stop.
+        store: where states that enter the first trained layer are kept; None: they are computed each time.
+        checkpoint: the file that an interrupted run goes on from; None: none is written.
+        checkpoint_every_s: an interrupted run loses at most so much.
+        base_sha256: of the base's file, as the checkpoint names it.
+    """
+
+    start: Adapter | None = None
+    anchor: Sequence[list[int]] = ()
+    heldout: Sequence[TrainRow] = ()
+    store: LatentStore | None = None
+    checkpoint: Path | None = None
+    checkpoint_every_s: float = 60.0
+    base_sha256: str = ""
 
 
 def train(
@@ -53,66 +97,234 @@ def train(
     new: Sequence[TrainRow],
     replay: Sequence[TrainRow],
     settings: TrainSettings,
-    start: Adapter | None = None,
-    anchor: Sequence[list[int]] = (),
+    limits: Profile | None = None,
+    night: Night | None = None,
     progress: Progress | None = None,
-    store: LatentStore | None = None,
 ) -> tuple[Adapter, TrainReport]:
     """Train an adapter for the base `gguf` on new rows, with replay rows in every batch.
 
     Args:
-        start: the adapter to go on from.
-        anchor: token ids of pieces of general text, on which the model is held to the base; one a step.
-        store: where states that enter the first trained layer are kept; None: they are computed each time.
+        limits: threads, ram_bytes, minutes and n_ctx of it are kept; training stops at a step boundary, with a usable adapter.
 
     Raises:
-        EdgeclError: the loss is not a number.
-        UnsupportedError, AdapterError: the base or `start` cannot be used.
+        DataError: no row can be learned.
+        Diverged: the loss is not a number.
+        EdgeclError: the memory is too small for any plan.
+        UnsupportedError, AdapterError, CheckpointError: the base, the start or the checkpoint cannot be used.
     """
-    began = time.perf_counter()
-    if settings.n_threads:
-        torch.set_num_threads(settings.n_threads)
-    torch.manual_seed(settings.seed)
-    place = placement()
-    decoder = Decoder(gguf, place)
-    steps_an_epoch = math.ceil(len(new) / settings.batch_rows)
-    n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
-    n_steps = n_epochs * steps_an_epoch
-    first_layer = decoder.shape.n_layer - max(1, round(settings.depth * decoder.shape.n_layer))
-    lora = Lora(gguf, decoder.shape, settings.r, settings.lora_alpha, settings.seed, place, first_layer)
-    if start is not None:
-        lora.warm_start(start)
-    latents = Latents(decoder, lora, store) if store is not None and first_layer else None
-    texts = list(anchor)[:n_steps] if settings.anchor_weight else []
-    pieces = anchors(decoder, texts, None if lora.digest_below() else latents)
-    prefix = shared_prefix([*new, *replay])
-    optimizer = torch.optim.AdamW([lora.flat], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-    rng = np.random.default_rng(settings.seed)
-    report = TrainReport(dtype=str(place.dtype).removeprefix("torch."), load_s=time.perf_counter() - began)
-    began = time.perf_counter()
-    for _ in range(n_epochs):
-        for rows in epoch(new, replay, settings.batch_rows, settings.replay_rows, rng):
-            if time.perf_counter() - began > 60 * settings.minutes:
+    run = _Run(gguf, new, replay, settings, limits or Profile(), night or Night())
+    run.steps(progress)
+    return run.finish()
+
+
+class _Run:
+    """One run of training: what it works with, and how far it has come."""
+
+    def __init__(
+        self,
+        gguf: GgufFile,
+        new: Sequence[TrainRow],
+        replay: Sequence[TrainRow],
+        settings: TrainSettings,
+        limits: Profile,
+        night: Night,
+    ) -> None:
+        began = time.perf_counter()
+        torch.set_num_threads(limits.threads or _threads_beside_the_assistant())
+        torch.manual_seed(settings.seed)
+        self.settings, self.limits, self.night, self.report = settings, limits, night, TrainReport()
+        self.names: dict[int, str] = {}  # of rows, by their id
+        self.new, self.replay = self._usable("new", new), self._usable("replay", replay)
+        self.heldout = [row for row in night.heldout if usable(row, limits.n_ctx) is row]
+        if not self.new:
+            raise DataError(
+                f"none of {len(new)} rows has an answer that fits into {limits.n_ctx} tokens; raise n_ctx, or shorten answers"
+            )
+        self.batches = self._batches()
+        self.prefix = shared_prefix([*self.new, *self.replay])
+        self.place = placement()
+        texts = list(night.anchor)[: len(self.batches)] if settings.anchor_weight else []
+        found = read_checkpoint(night.checkpoint, self._facts()) if night.checkpoint else None
+
+        longest_text = max((len(ids) for ids in texts), default=0)
+        shape = read_shape(gguf)
+        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, len(self.prefix), longest_text)
+        self.decoder = Decoder(gguf, self.place, plan.resident_bytes)
+        self.decoder.checkpointing = plan.checkpointing
+
+        def lora(first_layer: int) -> Lora:
+            return Lora(gguf, shape, settings.r, settings.lora_alpha, settings.seed, self.place, first_layer)
+
+        self.plan = self._in_time(plan, lora, bool(texts), found)
+        self.lora = lora(self.plan.first_layer)
+        if night.start is not None:
+            self.lora.warm_start(night.start)
+        self.latents = Latents(self.decoder, self.lora, night.store) if night.store and self.plan.first_layer else None
+        self.anchors = anchors(self.decoder, texts, None if self.lora.digest_below() else self.latents)
+        self.optimizer = torch.optim.AdamW(
+            [self.lora.flat], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self.averaged = self.lora.flat.detach().clone() if settings.ema_decay else None
+        self.best: tuple[float, torch.Tensor] | None = None
+        self.spent_s = 0.0  # before a checkpoint was gone on from
+        if found:
+            self._go_on_from(*found)
+        report = self.report
+        report.dtype = str(self.place.dtype).removeprefix("torch.")
+        report.plan, report.predicted_s, report.predicted_rss_bytes = str(self.plan), self.plan.seconds, self.plan.peak_rss_bytes
+        report.load_s = time.perf_counter() - began
+
+    def _usable(self, kind: str, rows: Sequence[TrainRow]) -> list[TrainRow]:
+        kept = []
+        for i, row in enumerate(rows):
+            cut = usable(row, self.limits.n_ctx)
+            self.report.n_left_out += cut is None
+            self.report.n_cut += cut is not None and cut is not row
+            if cut is not None:
+                kept.append(cut)
+                self.names[id(cut)] = f"{kind} {i + 1}"
+        return kept
+
+    def _batches(self) -> list[list[TrainRow]]:
+        """Return the rows of every step."""
+        settings, rng = self.settings, np.random.default_rng(self.settings.seed)
+        steps_an_epoch = math.ceil(len(self.new) / settings.batch_rows)
+        n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
+        out: list[list[TrainRow]] = []
+        for _ in range(n_epochs):
+            out += epoch(self.new, self.replay, settings.batch_rows, settings.replay_rows, rng)
+        return out
+
+    def _in_time(self, plan: Plan, lora: Callable[[int], Lora], has_anchor: bool, found: Checkpoint | None) -> Plan:
+        """Return the plan with its depth and time; a run that is gone on from keeps its depth and the parts of its steps."""
+        if found:
+            kept = {name: found[1][name] for name in ("first_layer", "micro_tokens", "seconds")}
+            return replace(plan, **kept)
+        if not self.batches:
+            return plan
+        by_size = sorted(self.batches, key=lambda batch: sum(len(row.ids) for row in batch))
+        n_first = len(self.batches) if self.night.store is None else math.ceil(len(self.new) / self.settings.batch_rows)
+        return plan_time(
+            plan,
+            self.decoder,
+            lora,
+            self.settings.depth,
+            60 * self.limits.minutes,
+            Typical(by_size[len(by_size) // 2], self.prefix, self.night.anchor[0] if has_anchor else None),
+            len(self.batches),
+            n_first,
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        """Return what this run depends on; limits change where it stops, not where it goes."""
+        digest = hashlib.blake2b(json.dumps(asdict(self.settings)).encode(), digest_size=16)
+        for row in (row for batch in self.batches for row in batch):
+            digest.update(np.array([len(row.ids), *row.ids, *row.supervised], np.int64).tobytes())
+        for name, pair in self.night.start.pairs.items() if self.night.start else ():
+            digest.update(name.encode() + b"".join(np.ascontiguousarray(factor).tobytes() for factor in pair))
+        return Facts(self.night.base_sha256, digest.hexdigest())
+
+    def _go_on_from(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+        flat, device = self.lora.flat, self.place.device
+        with torch.no_grad():
+            flat.copy_(tensors["flat"])
+        self.lora.refresh()
+        self.optimizer.state[flat] = {
+            "step": torch.tensor(float(progress["steps"])),
+            "exp_avg": tensors["exp_avg"].to(device),
+            "exp_avg_sq": tensors["exp_avg_sq"].to(device),
+        }
+        if self.averaged is not None:
+            self.averaged.copy_(tensors["averaged"])
+        if "best" in tensors:
+            self.best = (progress["best"], tensors["best"].to(device))
+        report = self.report
+        report.steps, report.tokens, report.losses = progress["steps"], progress["tokens"], progress["losses"]
+        report.heldout = {int(step): loss for step, loss in progress["heldout"].items()}
+        report.resumed_at, self.spent_s = report.steps, progress["train_s"]
+
+    def _save(self, path: Path, train_s: float) -> None:
+        state, report, plan = self.optimizer.state[self.lora.flat], self.report, self.plan
+        tensors = {"flat": self.lora.flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        progress: dict[str, Any] = {name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout")}
+        progress |= {"train_s": train_s, "first_layer": plan.first_layer, "micro_tokens": plan.micro_tokens}
+        progress["seconds"] = plan.seconds
+        if self.averaged is not None:
+            tensors["averaged"] = self.averaged
+        if self.best is not None:
+            progress["best"], tensors["best"] = self.best
+        write_checkpoint(path, self._facts(), {name: tensor.cpu() for name, tensor in tensors.items()}, progress)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def steps(self, progress: Progress | None) -> None:
+        """Train until the last step, the time limit, or the held-out rows get worse."""
+        report, n_steps = self.report, len(self.batches)
+        began = saved = time.perf_counter()
+        for step in range(report.steps, n_steps):
+            now = time.perf_counter()
+            if now - began + self.spent_s > 60 * self.limits.minutes:
                 report.stopped_early = True
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * schedule(report.steps, n_steps)
-            held = pieces[report.steps % len(pieces)] if pieces else None
-            value = backward(decoder, lora, prefix, rows, held, settings, latents)
-            nn.utils.clip_grad_norm_([lora.flat], settings.max_grad_norm)
-            if not math.isfinite(value):
-                raise EdgeclError(f"training loss is {value} at step {report.steps}; lower train.learning_rate")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)  # its views are where gradients go
-            lora.refresh()
+            if self.night.checkpoint and step and now - saved >= self.night.checkpoint_every_s:
+                self._save(self.night.checkpoint, now - began + self.spent_s)
+                saved = now
+            value = self._step(step)
             report.steps += 1
-            report.tokens += sum(len(row.ids) for row in rows)
+            report.tokens += sum(len(row.ids) for row in self.batches[step])
             report.losses.append(round(value, 5))
             if progress:
                 progress(report.steps, n_steps, value)
-    report.train_s = time.perf_counter() - began
-    report.tokens_per_s = report.tokens / max(report.train_s, 1e-9)
-    return lora.adapter(), report
+            if self._is_getting_worse():
+                report.stopped_early = True
+                break
+        report.train_s = time.perf_counter() - began + self.spent_s
+        report.tokens_per_s = report.tokens / max(report.train_s, 1e-9)
+
+    def _step(self, step: int) -> float:
+        settings, flat = self.settings, self.lora.flat
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, len(self.batches))
+        held = self.anchors[step % len(self.anchors)] if self.anchors else None
+        rows = self.batches[step]
+        value = backward(
+            self.decoder, self.lora, self.prefix, rows, held, settings.anchor_weight, self.plan.micro_tokens, self.latents
+        )
+        norm = float(nn.utils.clip_grad_norm_([flat], settings.max_grad_norm))
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise Diverged(
+                f"training loss is {value} and the norm of its gradient {norm} at step {step + 1} of {len(self.batches)} "
+                f"(rows: {', '.join(self.names[id(row)] for row in rows)}); lower train.learning_rate, which is "
+                f"{settings.learning_rate}, or remove the row that causes it"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # its views are where gradients go
+        if self.averaged is not None:
+            decay = min(settings.ema_decay, (1 + step) / (10 + step))  # the first steps are no average yet
+            self.averaged.lerp_(flat.detach(), 1 - decay)
+        self.lora.refresh()
+        return value
+
+    def _is_getting_worse(self) -> bool:
+        """Measure the held-out rows where it is time to; return whether the best is `patience` measurements old."""
+        settings, report = self.settings, self.report
+        if not (settings.patience and self.heldout) or report.steps % settings.eval_every:
+            return False
+        loss = answer_loss(self.decoder, self.lora, self.heldout, self.plan.micro_tokens)
+        report.heldout[report.steps] = round(loss, 5)
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, self.lora.flat.detach().clone())
+        return min(report.heldout, key=report.heldout.__getitem__) <= report.steps - settings.patience * settings.eval_every
+
+    def finish(self) -> tuple[Adapter, TrainReport]:
+        """Return the adapter that training ends with: the best on held-out rows, else the average, else the last."""
+        flat = self.best[1] if self.best is not None else self.averaged
+        if flat is not None:
+            with torch.no_grad():
+                self.lora.flat.copy_(flat)
+        return self.lora.adapter(), self.report
 
 
 def backward(
@@ -121,24 +333,31 @@ def backward(
     prefix: list[int],
     rows: list[TrainRow],
     anchor: Anchor | None,
-    settings: TrainSettings,
+    anchor_weight: float,
+    micro_tokens: int,
     latents: Latents | None = None,
 ) -> float:
-    """Add the gradient of a batch, part by part; return its mean answer loss in nats."""
+    """Add the gradient of a batch, in parts of at most `micro_tokens`; return its mean answer loss in nats."""
     n_predicted = sum(row.n_predicted for row in rows)
     total = 0.0
-    for part in micro_batches(rows, len(prefix), settings.micro_tokens):
+    for part in micro_batches(rows, len(prefix), micro_tokens):
         loss, drift = losses(decoder, lora, prefix, part, anchor, latents)
-        (loss / n_predicted + settings.anchor_weight * drift).backward()
+        (loss / n_predicted + anchor_weight * drift).backward()
         total += loss.item()
         anchor = None  # once a batch
     return total / n_predicted
 
 
-def schedule(step: int, n_steps: int) -> float:
-    """Return the learning rate of a step as a share of the peak: warm-up over 5%, then cosine down to a tenth."""
-    warmup = max(1, round(0.05 * n_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, n_steps - warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+@torch.no_grad()
+def answer_loss(decoder: Decoder, lora: Lora | None, rows: Sequence[TrainRow], micro_tokens: int) -> float:
+    """Return the mean answer loss of rows, in nats per token."""
+    prefix = shared_prefix(rows)
+    parts = micro_batches(rows, len(prefix), micro_tokens)
+    total = sum(losses(decoder, lora, prefix, part, None)[0].item() for part in parts)
+    return total / sum(row.n_predicted for row in rows)
+
+
+def _threads_beside_the_assistant() -> int:
+    """Return the threads that leave a core to who is chatting meanwhile, where there are more than two."""
+    cores = default_threads()
+    return cores - 1 if cores > 2 else cores

@@ -17,7 +17,7 @@ import torch
 
 from edgecl_convert import GgufFile, UnsupportedError
 from edgecl_convert.ggml import dequantize, dequantize_bf16
-from edgecl_convert.names import head_counts, n_heads_permuted
+from edgecl_convert.names import from_gguf_rows, head_counts, n_heads_permuted
 
 from .shape import GROUPS, Shape
 
@@ -69,27 +69,26 @@ class Weights:
         self._small = {name: self._vector(name) for name, info in gguf.tensors.items() if len(info.shape) == 1}
         self.biases = {(layer, group): self._bias(layer, group) for layer in range(shape.n_layer) for group in GROUPS}
         self._scratch: dict[str, torch.Tensor] = {}
-        self._in_scratch: dict[str, int] = {}
-        self._groups: dict[tuple[int, str], torch.Tensor] = {}
+        self._in_scratch = -1
+        self._layers: dict[int, dict[str, torch.Tensor]] = {}
         self._head: torch.Tensor | None = None
+        self._head_scratch: torch.Tensor | None = None
         left = resident_bytes / place.dtype.itemsize - shape.n_vocab * shape.width
         if left >= 0:
-            self._head = self._decode(self._head_name, self._empty(shape.n_vocab, shape.width))
+            self._head = self._empty(shape.n_vocab, shape.width)
+            self._decode([(self._head_name, 0, self._head)])
         for layer in reversed(range(shape.n_layer)):
             if (left := left - shape.layer_weights) < 0:
                 break
-            for group in GROUPS:
-                self._groups[layer, group] = self._decode_group(layer, group, self._empty_group(group))
+            self._layers[layer] = self._decode_layer(layer, self._empty_layer())
 
     def group(self, layer: int, group: str) -> torch.Tensor:
-        """Return the (out, in) rows of a group of projections, one below the other; packed ones only until the next call."""
-        if (held := self._groups.get((layer, group))) is not None:
-            return held
-        if group not in self._scratch:
-            self._scratch[group] = self._empty_group(group)
-        if self._in_scratch.get(group) != layer:
-            self._decode_group(layer, group, self._scratch[group])
-            self._in_scratch[group] = layer
+        """Return the (out, in) rows of a group of projections, one below the other; packed ones only until another layer's."""
+        if (held := self._layers.get(layer)) is not None:
+            return held[group]
+        if self._in_scratch != layer:
+            self._scratch = self._decode_layer(layer, self._scratch or self._empty_layer())
+            self._in_scratch = layer
         return self._scratch[group]
 
     def norm(self, layer: int, name: str) -> torch.Tensor | None:
@@ -123,9 +122,10 @@ class Weights:
             if self._head is not None:
                 yield first, self._head[first:last]
                 continue
-            if "head" not in self._scratch:
-                self._scratch["head"] = self._empty(step, self.shape.width)
-            yield first, self._decode(self._head_name, self._scratch["head"][: last - first], first)
+            if self._head_scratch is None:
+                self._head_scratch = self._empty(step, self.shape.width)
+            self._decode([(self._head_name, first, self._head_scratch[: last - first])])
+            yield first, self._head_scratch[: last - first]
 
     def _rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
         info = self.gguf.tensors[name]
@@ -135,8 +135,9 @@ class Weights:
     def _empty(self, rows: int, columns: int) -> torch.Tensor:
         return torch.empty((rows, columns), dtype=self.place.dtype, device=self.place.device)
 
-    def _empty_group(self, group: str) -> torch.Tensor:
-        return self._empty(sum(self.shape.rows(name) for name in GROUPS[group]), self.shape.columns(group))
+    def _empty_layer(self) -> dict[str, torch.Tensor]:
+        rows = {group: sum(self.shape.rows(name) for name in names) for group, names in GROUPS.items()}
+        return {group: self._empty(rows[group], self.shape.columns(group)) for group in GROUPS}
 
     def _vector(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.gguf.weights(name).copy()).to(self.place.device)
@@ -147,41 +148,38 @@ class Weights:
         if not any(name in self._small for name in names):
             return None
         parts = [
-            _from_gguf_rows(self._small[name], n_heads_permuted(name, self.shape.architecture, self._heads))
+            from_gguf_rows(self.gguf.weights(name), n_heads_permuted(name, self.shape.architecture, self._heads))
             if name in self._small
-            else torch.zeros(self.shape.rows(projection), device=self.place.device)
+            else np.zeros(self.shape.rows(projection), np.float32)
             for name, projection in zip(names, GROUPS[group], strict=True)
         ]
-        return torch.cat(parts).to(self.place.dtype)
+        return torch.from_numpy(np.concatenate(parts)).to(self.place.device, self.place.dtype)
 
-    def _decode_group(self, layer: int, group: str, out: torch.Tensor) -> torch.Tensor:
-        first = 0
-        for projection in GROUPS[group]:
-            n_rows = self.shape.rows(projection)
-            self._decode(f"blk.{layer}.{projection}.weight", out[first : first + n_rows])
-            first += n_rows
+    def _decode_layer(self, layer: int, out: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        parts = []
+        for group, names in GROUPS.items():
+            rows = out[group].split([self.shape.rows(name) for name in names])
+            parts += [(f"blk.{layer}.{name}.weight", 0, part) for name, part in zip(names, rows, strict=True)]
+        self._decode(parts)
         return out
 
-    def _decode(self, name: str, out: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Decode rows of a tensor, from row `first` on, into `out` (rows, in)."""
-        info = self.gguf.tensors[name]
-        blocks, n_in = self.gguf.blocks(name)[first : first + len(out)], info.shape[-1]
+    def _decode(self, parts: Sequence[tuple[str, int, torch.Tensor]]) -> None:
+        """Decode rows of tensors: each from a row on, into a (rows, in) tensor."""
+        stored = [(self.gguf.blocks(name)[first : first + len(out)], self.gguf.tensors[name]) for name, first, out in parts]
+        n_heads = [n_heads_permuted(name, self.shape.architecture, self._heads) for name, _, _ in parts]
         if self.place == Placement(torch.device("cpu"), torch.bfloat16):
-            dequantize_bf16(blocks, info.qtype, n_in, out.view(torch.uint16).numpy())
+            # numpy alone: torch's threads, once awake, would take a core from those that decode
+            bits = [out.view(torch.uint16).numpy() for _, _, out in parts]
+            dequantize_bf16([(blocks, info.qtype, to) for (blocks, info), to in zip(stored, bits, strict=True)])
+            for to, n in zip(bits, n_heads, strict=True):
+                if n:
+                    to[:] = from_gguf_rows(to, n)
         else:
-            out.copy_(torch.from_numpy(dequantize(blocks, info.qtype, n_in)))
-        if n_heads := n_heads_permuted(name, self.shape.architecture, self._heads):
-            out.copy_(_from_gguf_rows(out, n_heads))
-        self.gguf.release(name)
-        return out
-
-
-def _from_gguf_rows(rows: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Return rows with each head's rotary halves one after the other; n_heads 0: unchanged."""
-    if not n_heads:
-        return rows
-    pairs = rows.view(n_heads, len(rows) // n_heads // 2, 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
+            for (blocks, info), n, (_, _, out) in zip(stored, n_heads, parts, strict=True):
+                rows = from_gguf_rows(dequantize(blocks, info.qtype, info.shape[-1]), n)
+                out.copy_(torch.from_numpy(np.ascontiguousarray(rows)))
+        for name, _, _ in parts:
+            self.gguf.release(name)
 
 
 def _check_tensors(gguf: GgufFile, shape: Shape) -> None:

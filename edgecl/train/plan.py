@@ -1,0 +1,214 @@
+"""The planner: how a night is trained within the memory and the time that it may take, and what it will cost.
+
+Memory is computed from the model's sizes, time is measured on a few layers of the loaded model. Of the ways that fit into
+memory the fastest is taken: fewer weights resident, smaller parts of a step, layers computed twice. Where time is short,
+fewer layers are trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from ..errors import EdgeclError
+from ..profile import TrainSettings
+from .batches import TrainRow, micro_batches
+from .decoder import Decoder
+from .lora import Lora
+from .losses import Anchor, losses
+from .packing import SPAN_TOKENS, pack
+from .shape import GROUPS, Shape
+from .weights import HEAD_PART, Placement
+
+DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
+KERNEL_BYTES = 160_000_000  # what oneDNN and the allocator keep, measured over nights of 300 rows
+ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
+MICRO_TOKENS = 768  # of the largest part of a step: a product of more rows is no faster
+PROBED_LAYERS = 5
+SPARE = 0.05  # of the memory at hand
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a night is trained.
+
+    Attributes:
+        first_layer: the lowest layer that is trained.
+        resident_bytes: decoded weights that are kept; weight_bytes: all there are.
+        checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
+        micro_tokens: of the parts that a step is split into.
+        peak_rss_bytes, seconds: what the night will take; 0 seconds: not measured yet.
+    """
+
+    first_layer: int
+    n_layer: int
+    resident_bytes: int
+    weight_bytes: int
+    checkpointing: bool
+    micro_tokens: int
+    peak_rss_bytes: int
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """Return the plan as one line."""
+        share = self.resident_bytes / self.weight_bytes
+        weights = "resident" if share >= 1 else f"{share:.0%} resident" if share else "packed"
+        twice = ", layers computed twice" if self.checkpointing else ""
+        return (
+            f"{self.n_layer - self.first_layer} of {self.n_layer} layers, weights {weights}, parts of {self.micro_tokens} tokens"
+            f"{twice}: {self.seconds:.0f} s, {self.peak_rss_bytes / 1e6:.0f} MB"
+        )
+
+
+def first_trained(shape: Shape, depth: float) -> int:
+    """Return the lowest trained layer where a share `depth` of the layers is trained."""
+    return shape.n_layer - max(1, round(depth * shape.n_layer))
+
+
+def plan_memory(
+    shape: Shape,
+    place: Placement,
+    settings: TrainSettings,
+    ram_bytes: int,
+    batches: Sequence[Sequence[TrainRow]],
+    n_prefix: int,
+    n_anchor: int,
+) -> Plan:
+    """Return the fastest plan whose memory fits into `ram_bytes`.
+
+    Args:
+        batches: rows of each step; n_prefix: tokens that they share; n_anchor: tokens of a piece of general text.
+
+    Raises:
+        EdgeclError: none fits; says how much would.
+    """
+    lengths = [[len(row.ids) - n_prefix for row in rows] for rows in batches]
+    step, longest = max(map(sum, lengths), default=1), max(map(max, lengths), default=1)
+    first = first_trained(shape, settings.depth)
+    e = place.dtype.itemsize
+    all_weights = e * (shape.n_layer * shape.layer_weights + shape.n_vocab * shape.width)
+    before = resident_set()
+    plans: list[tuple[float, Plan]] = []
+    least = 0
+    for checkpointing in (False, True):
+        for parts in (1, 2, 4, 8):
+            micro = max(min(MICRO_TOKENS, step) // parts, longest)
+            fixed = before + training_bytes(shape, place, settings.r, first, micro + n_prefix + n_anchor, checkpointing)
+            least = min(least or fixed, fixed)
+            room = int(ram_bytes * (1 - SPARE)) - fixed
+            if room < 0:
+                continue
+            held = resident_part(shape, e, room)
+            packed = 1 - held / all_weights
+            # in units of a forward pass; decoding all weights takes as long as a forward pass of some 90 tokens
+            cost = (4 if checkpointing else 3) * step + (3 if checkpointing else 2) * packed * 90 * max(1, step / micro)
+            plans.append((cost, Plan(first, shape.n_layer, held, all_weights, checkpointing, micro, fixed + held)))
+    if not plans:
+        wanted = int(least / (1 - SPARE)) + 1
+        raise EdgeclError(
+            f"training needs {wanted / 1e6:.0f} MB of memory at least, ram_bytes is {ram_bytes / 1e6:.0f} MB; "
+            "raise it, shorten the longest example, or use a smaller model"
+        )
+    return min(plans, key=lambda pair: pair[0])[1]
+
+
+def resident_part(shape: Shape, itemsize: int, room: int) -> int:
+    """Return the bytes of decoded weights that fit into `room`: the head, then whole layers."""
+    head, layer = itemsize * shape.n_vocab * shape.width, itemsize * shape.layer_weights
+    if room < head:
+        return 0
+    return head + min(shape.n_layer, (room - head) // layer) * layer
+
+
+def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, n_tokens: int, checkpointing: bool) -> int:
+    """Return what training holds beside resident weights: adapter, activations, scratch, the head's parts, kernels."""
+    e, d = place.dtype.itemsize, shape.head_dim
+    n_trained = shape.n_layer - first_layer
+    n_adapter = (
+        n_trained * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
+    )
+    attention = (2 * shape.n_head + shape.n_kv) * d + (shape.n_head + 2 * shape.n_kv) * d + 2 * SPAN_TOKENS * shape.n_head
+    of_a_layer = e * n_tokens * (4 * shape.width + attention + 3 * shape.n_ff)
+    kept = n_trained * e * n_tokens * shape.width + 2 * of_a_layer if checkpointing else n_trained * of_a_layer
+    scratch = e * shape.layer_weights + e * HEAD_PART
+    head = n_tokens * (HEAD_PART // shape.width) * (4 + 2 * e)  # where every token is predicted
+    return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES
+
+
+@dataclass(frozen=True)
+class Typical:
+    """A step as long as most: its rows, what they begin with, and a piece of general text."""
+
+    rows: list[TrainRow]
+    prefix: list[int]
+    text: list[int] | None
+
+
+def plan_time(
+    plan: Plan,
+    decoder: Decoder,
+    new_lora: Callable[[int], Lora],
+    depth: float,
+    limit_s: float,
+    typical: Typical,
+    n_steps: int,
+    n_first: int,
+) -> Plan:
+    """Return the plan with its time, and with fewer layers than `depth` where those would take longer than `limit_s`.
+
+    Args:
+        new_lora: makes an adapter from a layer on.
+        n_first: steps in which rows are met for the first time, and go through the layers below the first trained one.
+    """
+    rows, prefix, text = typical.rows, typical.prefix, typical.text
+    parts = micro_batches(rows, len(prefix), plan.micro_tokens)
+    anchor = (
+        None if text is None else Anchor(text, torch.zeros(len(text), decoder.shape.width, device=decoder.place.device), 0.0)
+    )
+
+    def step(n_trained: int) -> Callable[[], None]:
+        lora = new_lora(plan.n_layer - n_trained)
+
+        def go() -> None:
+            for i, part in enumerate(parts):
+                loss, drift = losses(decoder, lora, prefix, part, None if i else anchor)
+                (loss + drift).backward()
+
+        return go
+
+    @torch.no_grad()
+    def forward() -> None:
+        for part in parts:
+            packed = pack(decoder, prefix, [row.ids[len(prefix) :] for row in part])
+            decoder.run(decoder.weights.embed(packed.ids), packed.where, None, 0, n_probed)
+
+    n_probed = min(PROBED_LAYERS, plan.n_layer)
+    top = _seconds(step(1))
+    trained = (_seconds(step(n_probed)) - top) / max(1, n_probed - 1)  # what training a layer adds to going through it
+    through = _seconds(forward) / n_probed
+    head = max(0.0, top - through * (plan.n_layer - 1))  # and the one trained layer
+    for first in [plan.first_layer, *(first_trained(decoder.shape, d) for d in DEPTHS if d < depth)]:
+        seconds = n_steps * (head + (plan.n_layer - first - 1) * (trained + through)) + n_first * first * through
+        plan = replace(plan, first_layer=first, seconds=seconds)
+        if seconds <= limit_s:
+            break
+    return plan
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """Return the time of the faster of two runs: the first one meets new shapes."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def resident_set() -> int:
+    """Return the bytes of memory that this process holds."""
+    return int(psutil.Process().memory_info().rss)
