@@ -177,7 +177,7 @@ class Night:
         }
         result, peak = run_stage("train", request, replace(self.limits, nice=self.profile.nice), self.progress)
         report = self.report
-        report.train, report.peak_rss_bytes = result, max(report.peak_rss_bytes, peak)
+        report.train, report.peak_rss_bytes = result | {"peak_rss_bytes": peak}, max(report.peak_rss_bytes, peak)
         report.train_s, report.train_tokens_per_s = result["train_s"], result["tokens_per_s"]
 
     def _merge(self, draft: Path, learned: list[Example]) -> Generation:

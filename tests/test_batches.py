@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgecl.train import TrainRow
-from edgecl.train.batches import epoch, micro_batches, shared_prefix
+from edgecl.train.batches import epoch, micro_batches, shared_prefix, usable
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no error
 tokens = st.integers(0, 3)
@@ -107,3 +107,29 @@ def test_shared_prefix_by_hand(ids, supervised, wanted):
 
 def test_shared_prefix_of_nothing():
     assert shared_prefix([]) == []
+
+
+# --- rows longer than the context -------------------------------------------------------------------------------------
+
+
+@patient
+@given(n_prompt=st.integers(0, 30), n_answer=st.integers(1, 20), n_ctx=st.integers(2, 40))
+def test_a_long_row_loses_the_left_of_its_prompt_and_never_a_token_of_its_answer(n_prompt, n_answer, n_ctx):
+    row = TrainRow(list(range(n_prompt + n_answer)), [False] * n_prompt + [True] * n_answer)
+    cut = usable(row, n_ctx)
+    if len(row.ids) <= n_ctx:
+        assert cut is row
+    elif n_answer + 1 > n_ctx or not n_prompt:
+        assert cut is None
+    else:
+        assert cut.ids == row.ids[-n_ctx:]
+        assert [i for i, wanted in zip(cut.ids, cut.supervised, strict=True) if wanted] == row.ids[n_prompt:]
+        assert not cut.supervised[0]
+
+
+def test_a_row_of_two_answers_keeps_its_last_whole():
+    row = TrainRow(list(range(12)), [2 <= t < 5 or t >= 9 for t in range(12)])
+    assert usable(row, 8).supervised == [False] * 5 + [True] * 3  # ids 4 ... 11; the token 4 has nothing before it
+    assert usable(row, 4).ids == [8, 9, 10, 11]
+    assert usable(row, 3) is None
+    assert usable(TrainRow([1, 2, 3], [False] * 3), 8) is None

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from edgecl_convert import UnsupportedError, ggml
-from edgecl_convert.ggml import Bytes, F32Array, QType, block_size, dequantize, dequantize_bf16, quantize, row_bytes
+from edgecl_convert.ggml import Bytes, F32Array, QType, block_size, dequantize, dequantize_into, quantize, row_bytes
 
 SHARED_TYPES = [QType.Q8_0, QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1, QType.F16, QType.BF16]  # gguf-py writes them too
 # mean squared error over the variance of normal weights; each bit less is about four times more
@@ -67,18 +67,23 @@ def test_same_bytes_and_same_weights_as_gguf_py(qtype: QType, weights: F32Array)
 
 
 @names
-def test_bfloat16_bits_are_those_of_the_float32_weights_rounded(qtype: QType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_weights_are_decoded_in_place_as_float32_or_rounded_to_bfloat16_bits(
+    qtype: QType, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = np.concatenate([awkward(), normal(40, 64)])
     blocks = quantize(weights, qtype)
-    wanted = torch.from_numpy(dequantize(blocks, qtype, 64)).bfloat16().view(torch.uint16).numpy()
+    wanted = dequantize(blocks, qtype, 64)
+    if dtype is np.uint16:
+        wanted = torch.from_numpy(wanted).bfloat16().view(torch.uint16).numpy()
     for at_once, n_threads in ((64, 2), (7 * 64, 1), (16, 5), (1 << 20, 3)):
         monkeypatch.setattr(ggml, "DECODED_AT_ONCE", at_once)
-        out = [np.empty(weights.shape, np.uint16), np.empty((3, 64), np.uint16)]
-        dequantize_bf16([(blocks, qtype, out[0]), (blocks[20:23], qtype, out[1])], n_threads)
+        out = [np.empty(weights.shape, dtype), np.empty((3, 64), dtype)]
+        dequantize_into([(blocks, qtype, out[0]), (blocks[20:23], qtype, out[1])], n_threads)
         np.testing.assert_array_equal(out[0], wanted)
         np.testing.assert_array_equal(out[1], wanted[20:23])
     monkeypatch.setattr(ggml, "_LIB", None)
-    dequantize_bf16([(blocks, qtype, out[0])])
+    dequantize_into([(blocks, qtype, out[0])])
     np.testing.assert_array_equal(out[0], wanted)
 
 

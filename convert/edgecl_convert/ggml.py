@@ -245,30 +245,31 @@ def dequantize(blocks: Bytes, qtype: QType, n_per_row: int, n_threads: int = 0) 
     return weights
 
 
-def dequantize_bf16(tensors: Sequence[tuple[Bytes, QType, NDArray[np.uint16]]], n_threads: int = 0) -> None:
-    """Write the weights of whole tensors as bfloat16 bits.
+def dequantize_into(tensors: Sequence[tuple[Bytes, QType, NDArray[Any]]], n_threads: int = 0) -> None:
+    """Write the weights of whole tensors where they are wanted.
 
     Every thread takes its share of the rows of each tensor: waking one takes as long as decoding 100,000 weights.
 
     Args:
-        tensors: blocks, their type, and where the bits go, contiguous (rows, n_per_row).
+        tensors: blocks, their type, and where the weights go, contiguous (rows, n_per_row): float32, or uint16 for the bits
+            of bfloat16.
         n_threads: 0 for every core.
     """
     if _LIB is None or any(_to_float(qtype) is None for _, qtype, _ in tensors):
         for blocks, qtype, out in tensors:
-            bits = dequantize(blocks, qtype, out.shape[1], n_threads).view(np.uint32)
-            out[:] = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to the nearest, halves to even
+            weights = dequantize(blocks, qtype, out.shape[1], n_threads)
+            bits = weights.view(np.uint32)
+            is_float = out.dtype == np.float32
+            out[:] = weights if is_float else (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # halves to even
         return
     threads = n_threads or default_threads()
     sources = [np.ascontiguousarray(blocks) for blocks, _, _ in tensors]
 
     def work(share: int) -> None:
-        wide = np.empty(DECODED_AT_ONCE, np.float32)
+        wide = np.empty(max(DECODED_AT_ONCE, *(out.shape[1] for _, _, out in tensors)), np.float32)
         for source, (_, qtype, out) in zip(sources, tensors, strict=True):
-            n_rows, n_per_row = out.shape
-            if n_per_row > len(wide):
-                wide = np.empty(n_per_row, np.float32)
-            _decode_bf16(source, qtype, out, wide, n_rows * share // threads, n_rows * (share + 1) // threads)
+            start, stop = len(out) * share // threads, len(out) * (share + 1) // threads
+            _decode_into(source, qtype, out, wide, start, stop)
 
     others = [_pool(threads).submit(work, share) for share in range(1, threads)]
     work(0)
@@ -276,12 +277,16 @@ def dequantize_bf16(tensors: Sequence[tuple[Bytes, QType, NDArray[np.uint16]]], 
         done.result()
 
 
-def _decode_bf16(source: Bytes, qtype: QType, out: NDArray[np.uint16], wide: F32Array, start: int, stop: int) -> None:
-    """Decode some rows by way of `wide`; addresses only, because between two calls the other threads wait for the GIL."""
+def _decode_into(source: Bytes, qtype: QType, out: NDArray[Any], wide: F32Array, start: int, stop: int) -> None:
+    """Decode some rows; addresses only, because between two calls the other threads wait for the GIL."""
     decode, to_bf16 = _to_float(qtype), _LIB.ggml_fp32_to_bf16_row  # type: ignore[union-attr]
     assert decode is not None
     n_per_row, n_row_bytes = out.shape[1], source.shape[1]
-    from_, between, to, step = source.ctypes.data, wide.ctypes.data, out.ctypes.data, len(wide) // n_per_row
+    from_, between, to = source.ctypes.data, wide.ctypes.data, out.ctypes.data
+    if out.dtype == np.float32:
+        decode(from_ + start * n_row_bytes, to + 4 * start * n_per_row, (stop - start) * n_per_row)
+        return
+    step = len(wide) // n_per_row
     for first in range(start, stop, step):
         n = (min(first + step, stop) - first) * n_per_row
         decode(from_ + first * n_row_bytes, between, n)

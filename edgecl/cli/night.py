@@ -57,6 +57,8 @@ def print_report(report: AdaptReport) -> None:
         out.print(f"published generation {report.generation}: {report.served}, {size(report.model_bytes)}")
     else:
         out.print(f"refused: {safe(report.reason)}; yesterday's model still serves")
+    if not report.train:
+        return
     if report.accepted and report.reason:
         out.print(safe(report.reason))
     table = Table("task", "rows", "measured on", "accuracy", "answer loss", "95% interval", box=None, pad_edge=False)
@@ -74,6 +76,11 @@ def print_report(report: AdaptReport) -> None:
     out.print(f"prose       {prose['after']:.2f} nats per token ({prose['after'] - prose['base']:+.2f} against the base)")
     kept = ", ".join(f"{quant} {share:.0%}" for quant, share in report.survival.items() if quant != "adapter")
     out.print(f"survival    {kept} of the adapter's gain")
+    train = report.train
+    out.print(f"plan        {train['plan']}; took {train['train_s']:.0f} s, {size(train['peak_rss_bytes'])}")
+    for key, what in (("n_cut", "longer than the context, cut from the left"), ("n_left_out", "without an answer that fits, left out")):
+        if train[key]:
+            out.print(f"rows        {train[key]} {what}")
     out.print(
         f"night       {report.n_new} new + {report.n_replay} rehearsed rows: trained {report.train_s:.0f} s "
         f"({report.train_tokens_per_s:.0f} tokens/s), merged {report.merge_s:.1f} s, measured {report.eval_s:.0f} s, "

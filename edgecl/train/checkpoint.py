@@ -6,6 +6,7 @@ steps, so a run that goes on from a checkpoint ends where an uninterrupted one e
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Facts:
 def write_checkpoint(path: Path, facts: Facts, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
     """Write a checkpoint whole or not at all."""
     header = {"facts": json.dumps(asdict(facts)), "progress": json.dumps(progress)}
-    write_atomic(path, save(tensors, header))
+    write_atomic(path, save(tensors, header | {"digest": _digest(tensors, header["progress"])}))
 
 
 def read_checkpoint(path: Path, facts: Facts) -> Checkpoint | None:
@@ -55,6 +56,8 @@ def read_checkpoint(path: Path, facts: Facts) -> Checkpoint | None:
             header = file.metadata() or {}
             found, progress = json.loads(header["facts"]), json.loads(header["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no dict
+        if header["digest"] != _digest(tensors, header["progress"]):
+            raise ValueError("its numbers are damaged")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint: {error}; move it away to train from the start") from None
     for name in ("version", "base_sha256"):
@@ -64,3 +67,11 @@ def read_checkpoint(path: Path, facts: Facts) -> Checkpoint | None:
                 "move it away to train from the start"
             )
     return (tensors, progress) if found["run"] == facts.run else None
+
+
+def _digest(tensors: dict[str, torch.Tensor], progress: str) -> str:
+    digest = hashlib.blake2b(progress.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

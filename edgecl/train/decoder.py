@@ -46,14 +46,26 @@ class Decoder:
         self.checkpointing = False
 
     def run(
-        self, x: torch.Tensor, where: Sequenced, lora: Lora | None, first: int = 0, last: int | None = None
+        self,
+        x: torch.Tensor,
+        where: Sequenced,
+        lora: Lora | None,
+        first: int = 0,
+        last: int | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`."""
-        for layer in range(first, self.shape.n_layer if last is None else last):
+        """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`.
+
+        Args:
+            wanted: (N,) the tokens whose states are returned, (N, D): the last of the layers is spared for the others.
+        """
+        last = self.shape.n_layer if last is None else last
+        for layer in range(first, last):
+            only = wanted if layer == last - 1 else None
             if self.checkpointing and lora is not None and torch.is_grad_enabled() and layer >= lora.first_layer:
-                x = _Recomputed.apply(x, lora.flat, self, layer, where, lora)
+                x = _Recomputed.apply(x, lora.flat, self, layer, where, lora, only)
             else:
-                x = self.layer(x, layer, where, lora)
+                x = self.layer(x, layer, where, lora, only)
         return x
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,8 +73,10 @@ class Decoder:
         out: torch.Tensor = RmsNorm.apply(x, self.weights.output_norm(), self.shape.norm_eps)
         return out
 
-    def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None) -> torch.Tensor:
-        """Return the hidden states (T, D) after one layer."""
+    def layer(
+        self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None, only: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the hidden states (T, D) after one layer, or those of some tokens."""
         shape = self.shape
         d, n_q, n_qk = shape.head_dim, shape.n_head, shape.n_head + shape.n_kv
 
@@ -78,15 +92,11 @@ class Decoder:
         is_near = shape.looks_back_over_a_window(layer)
         turns = where.window_turns if is_near and where.window_turns else where.turns
         qkv = project(norm(x, "attn_norm"), "qkv").view(len(x), n_qk + shape.n_kv, d)
-        q, k = norm(qkv[:, :n_q], "attn_q_norm"), norm(qkv[:, n_q:n_qk], "attn_k_norm")
-        seen = Attend.apply(
-            Rotate.apply(q, *turns),
-            Rotate.apply(k, *turns),
-            qkv[:, n_qk:].transpose(0, 1),
-            where.spans,
-            is_near,
-            shape.score_scale,
-        )
+        q, k, v = qkv.split([n_q, shape.n_kv, shape.n_kv], 1)
+        q, k = Rotate.apply(norm(q, "attn_q_norm"), *turns), Rotate.apply(norm(k, "attn_k_norm"), *turns)
+        seen = Attend.apply(q, k, v.transpose(0, 1), where.spans, is_near, shape.score_scale)
+        if only is not None:
+            x, seen = x.index_select(0, only), seen.index_select(0, only)
         out = project(seen, "out")
         x = x + (norm(out, "post_attention_norm") if shape.is_gemma else out)
         gated = Gate.apply(project(norm(x, "ffn_norm"), "gate_up"), shape.is_gemma)
@@ -108,20 +118,27 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, trained: torch.Tensor, decoder: Decoder, layer: int, where: Sequenced, lora: Lora
+        ctx: Any,
+        x: torch.Tensor,
+        trained: torch.Tensor,
+        decoder: Decoder,
+        layer: int,
+        where: Sequenced,
+        lora: Lora,
+        only: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the layer's output."""
         ctx.save_for_backward(x)
-        ctx.again = (decoder, layer, where, lora)
-        return decoder.layer(x, layer, where, lora)
+        ctx.again = (decoder, layer, where, lora, only)
+        return decoder.layer(x, layer, where, lora, only)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x; those of the factors go to their buffers."""
-        decoder, layer, where, lora = ctx.again
+        decoder, *rest = ctx.again
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
-            y = decoder.layer(x, layer, where, lora)
+            y = decoder.layer(x, *rest)
         torch.autograd.backward(y, dy)
-        return x.grad, None, None, None, None, None
+        return x.grad, None, None, None, None, None, None

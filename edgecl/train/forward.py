@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .decoder import Decoder
 from .latents import Latents
 from .lora import Lora
-from .packing import pack
+from .packing import MULTIPLE, pack
 
 
 def hidden_states(
@@ -18,14 +18,21 @@ def hidden_states(
     lora: Lora | None,
     prefix: Sequence[int],
     rows: Sequence[Sequence[int]],
+    wanted: Sequence[tuple[int, int]],
     n_bare: int = 0,
     latents: Latents | None = None,
-) -> tuple[torch.Tensor, list[int]]:
-    """Return what the head multiplies, (T, D), and where in it each row begins; arguments as for `pack`."""
+) -> torch.Tensor:
+    """Return what the head multiplies at some tokens, (N, D).
+
+    Args:
+        rows, n_bare: as for `pack`; wanted: which of them, and which token of it.
+    """
     packed = pack(decoder, prefix, rows, n_bare)
     if latents is None:
         x, first = decoder.weights.embed(packed.ids), 0
     else:
         x, first = latents.states(prefix, rows, n_bare), latents.lora.first_layer
         x = F.pad(x, (0, 0, 0, len(packed.ids) - len(x)))
-    return decoder.norm(decoder.run(x, packed.where, lora, first)), packed.starts
+    at = [packed.starts[row] + token for row, token in wanted]
+    filled = torch.tensor(at + [0] * (-len(at) % MULTIPLE), device=x.device)
+    return decoder.norm(decoder.run(x, packed.where, lora, first, wanted=filled))[: len(at)]

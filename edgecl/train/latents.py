@@ -129,7 +129,7 @@ class Latents:
             if key in found and found[key].shape != (len(row), self.decoder.shape.width):
                 del found[key]
         missing = dict(pair for pair in zip(keys, wanted, strict=True) if pair[0] not in found)
-        self.n_found += len(rows) - len(missing)
+        self.n_found += len(wanted) - len(missing)
         self.n_computed += len(missing)
         if missing:
             self._compute(prefix, missing, found)

@@ -46,10 +46,10 @@ class LoraGroup:
                 place.copy_(block)
 
     def add_gradients(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add gradients of the shapes of `a` and `b`."""
-        self.a_grad += a
+        """Add gradients of the shapes of `a` and `b`, both for a scaling of 1."""
+        self.a_grad.add_(a, alpha=self.scaling)
         for grad, part in zip(self.b_grads, self._diagonal(b), strict=True):
-            grad += part
+            grad.add_(part, alpha=self.scaling)
 
     def _diagonal(self, b: torch.Tensor) -> list[torch.Tensor]:
         parts, row = [], 0

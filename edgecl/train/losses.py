@@ -47,11 +47,11 @@ def anchors(decoder: Decoder, texts: Sequence[list[int]], latents: Latents | Non
     out = []
     for first in range(0, len(texts), ANCHORS_AT_ONCE):
         part = texts[first : first + ANCHORS_AT_ONCE]
-        states, starts = hidden_states(decoder, None, [], part, len(part), latents)
-        for ids, start in zip(part, starts, strict=True):
-            hidden = states[start : start + len(ids)]
+        wanted = [(i, t) for i, ids in enumerate(part) for t in range(len(ids))]
+        states = hidden_states(decoder, None, [], part, wanted, len(part), latents)
+        for ids, hidden in zip(part, states.split([len(ids) for ids in part]), strict=True):
             nowhere = torch.full((len(ids),), NO_TOKEN, device=hidden.device)
-            total, expected = _log_sum(hidden, nowhere, decoder.weights)
+            total, expected = log_sum(hidden, nowhere, decoder.weights)
             out.append(Anchor(ids, expected, float((total - (hidden * expected).sum(-1)).mean())))
     return out
 
@@ -74,24 +74,19 @@ def losses(
     bodies: list[Sequence[int]] = [row.ids[len(prefix) :] for row in rows]
     if anchor is not None:
         bodies.append(anchor.ids)
-    hidden, starts = hidden_states(decoder, lora, prefix, bodies, int(anchor is not None), latents)  # (T, D)
-    wanted = [
-        (start + t - 1 - len(prefix), row.ids[t])
-        for start, row in zip(starts, rows, strict=False)  # the anchor's start is left over
-        for t in range(len(prefix) + 1, len(row.ids))
-        if row.supervised[t]
-    ]
-    where, tokens = (list(part) for part in zip(*wanted, strict=True))
+    predicted = [(i, t) for i, row in enumerate(rows) for t in range(len(prefix) + 1, len(row.ids)) if row.supervised[t]]
+    wanted = [(i, t - 1 - len(prefix)) for i, t in predicted]
+    tokens = [rows[i].ids[t] for i, t in predicted]
     targets = decoder.weights.head_rows(tokens)
     if anchor is not None:
-        where += range(starts[-1], starts[-1] + len(anchor.ids))
+        wanted += [(len(rows), t) for t in range(len(anchor.ids))]
         tokens += [NO_TOKEN] * len(anchor.ids)
         targets = torch.cat([targets, anchor.expected])
-    at = torch.tensor(tokens, device=hidden.device)
-    each: torch.Tensor = _Losses.apply(hidden[where], targets, at, decoder.weights)
+    hidden = hidden_states(decoder, lora, prefix, bodies, wanted, int(anchor is not None), latents)
+    each: torch.Tensor = _Losses.apply(hidden, targets, torch.tensor(tokens, device=hidden.device), decoder.weights)
     if anchor is None:
         return each.sum(), hidden.new_zeros((), dtype=torch.float32)
-    n = len(wanted)
+    n = len(predicted)
     return each[:n].sum(), each[n:].mean() - anchor.entropy
 
 
@@ -101,7 +96,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, tokens: torch.Tensor, weights: Weights) -> torch.Tensor:
         """Return the losses (N,) float32 of hidden states (N, D) for targets (N, D), which are the rows of tokens (N,)."""
-        others, expected = _log_sum(hidden, tokens, weights)
+        others, expected = log_sum(hidden, tokens, weights)
         reached = (hidden * targets).sum(-1)  # (N,) float32
         is_row = tokens != NO_TOKEN
         total = torch.where(is_row, torch.logaddexp(others, reached), others)
@@ -120,7 +115,7 @@ class _Losses(torch.autograd.Function):
         return (gradient * d_loss[:, None]).to(ctx.dtype), None, None, None
 
 
-def _log_sum(hidden: torch.Tensor, without: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+def log_sum(hidden: torch.Tensor, without: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log sum_v exp(h . w_v) (N,) and its gradient (N, D), float32, over the vocabulary without one token each."""
     n_rows = len(hidden)
     n_fill = -n_rows % MULTIPLE  # few shapes of products, as in `pack`

@@ -42,8 +42,8 @@ class Project(torch.autograd.Function):
         y = F.linear(x, weights.group(layer, group), weights.biases[layer, group])
         low = None
         if lora is not None:
-            low = (x @ lora.a.T).mul_(lora.scaling)  # (T, k r)
-            y.addmm_(low, lora.b.T)
+            low = x @ lora.a.T  # (T, k r)
+            y.addmm_(low, lora.b.T, alpha=lora.scaling)
         ctx.save_for_backward(x, low)
         ctx.weights, ctx.layer, ctx.group, ctx.lora = weights, layer, group, lora
         return y
@@ -58,10 +58,10 @@ class Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.weights.group(ctx.layer, ctx.group)
         if lora is not None:
-            dlow = (dy @ lora.b).mul_(lora.scaling)
+            dlow = dy @ lora.b
             if dx is not None:
-                dx.addmm_(dlow, lora.a)
-            lora.add_gradients(dlow.T @ x, (low.T @ dy).T)
+                dx.addmm_(dlow, lora.a, alpha=lora.scaling)
+            lora.add_gradients(dlow.T @ x, dy.T @ low)
         return dx, None, None, None, None, None
 
 
@@ -71,10 +71,10 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:
         """Norm (..., D)."""
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, factors, inverse)
-        return (wide * inverse).mul_(factors).to(x.dtype)
+        return (x * inverse).mul_(factors).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -84,7 +84,7 @@ class RmsNorm(torch.autograd.Function):
         unit = x * inverse  # float32
         g = dy * factors  # (..., D) float32
         projected = (g * unit).mean(-1, keepdim=True)
-        return unit.mul_(projected).sub_(g).mul_(-inverse).to(x.dtype), None, None
+        return g.addcmul_(unit, projected, value=-1).mul_(inverse).to(x.dtype), None, None
 
 
 class Gate(torch.autograd.Function):
@@ -94,25 +94,25 @@ class Gate(torch.autograd.Function):
     def forward(ctx: Context, gate_up: torch.Tensor, is_gelu: bool) -> torch.Tensor:
         """Map (T, 2 F) to (T, F)."""
         gate, up = gate_up.chunk(2, -1)
-        ctx.save_for_backward(gate_up)
+        opened = F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)
+        ctx.save_for_backward(gate_up, opened)
         ctx.is_gelu = is_gelu
-        return (F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)).mul_(up)
+        return opened * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of both."""
-        (gate_up,) = ctx.saved_tensors
+        gate_up, opened = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)
         d_gate, d_up = out.chunk(2, -1)
+        torch.mul(opened, dy, out=d_up)
         through = dy * up
         if ctx.is_gelu:
-            torch.mul(F.gelu(gate, approximate="tanh"), dy, out=d_up)
             d_gate.copy_(torch.ops.aten.gelu_backward(through, gate, approximate="tanh"))
         else:
-            torch.mul(F.silu(gate), dy, out=d_up)
-            d_gate.copy_(torch.ops.aten.silu_backward(through, gate))
+            torch.ops.aten.silu_backward(through, gate, grad_input=d_gate)
         return out, None
 
 
@@ -149,7 +149,7 @@ class Span(NamedTuple):
 
     Attributes:
         n_prefix: tokens of the prefix, where `seen_from` is behind it, else 0.
-        bias: (n, seen), 0 where a token is seen and -inf where not; near: the same within a window, or None.
+        bias: (H / K * n, seen), 0 where a token is seen and -inf where not; near: the same within a window, or None.
     """
 
     first: int
@@ -185,7 +185,7 @@ class Attend(torch.autograd.Function):
         for span in spans:
             rows, keys, values = _queries(q, span, n_kv), _seen(k, span), _seen(v, span)
             bias = span.near if is_near and span.near is not None else span.bias
-            scores = torch.baddbmm(bias.repeat(heads // n_kv, 1), rows, keys.transpose(1, 2), alpha=scale)
+            scores = torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=scale)
             share = torch.softmax(scores, -1)
             mixed = torch.bmm(share, values).view(heads, span.last - span.first, width)
             out[span.first : span.last] = mixed.transpose(0, 1)

@@ -19,7 +19,7 @@ from .ops import Span
 
 MULTIPLE = 16  # of tokens in a sequence
 KEY_MULTIPLE = 32  # of where a span begins to look
-SPAN_TOKENS = 128
+SPAN_TOKENS = 96
 
 _FILL = -2  # the row of a token that fills up
 
@@ -95,4 +95,4 @@ def _spans(
 
 def _bias(seen: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     bias = torch.zeros(seen.shape, dtype=decoder.place.dtype).masked_fill_(~seen, float("-inf"))
-    return bias.to(decoder.place.device)
+    return bias.repeat(decoder.shape.n_head // decoder.shape.n_kv, 1).to(decoder.place.device)

@@ -19,7 +19,7 @@ from ..profile import TrainSettings
 from .batches import TrainRow, micro_batches
 from .decoder import Decoder
 from .lora import Lora
-from .losses import Anchor, losses
+from .losses import NO_TOKEN, log_sum
 from .packing import SPAN_TOKENS, pack
 from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
@@ -132,7 +132,7 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, n_t
         n_trained * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
     )
     attention = (2 * shape.n_head + shape.n_kv) * d + (shape.n_head + 2 * shape.n_kv) * d + 2 * SPAN_TOKENS * shape.n_head
-    of_a_layer = e * n_tokens * (4 * shape.width + attention + 3 * shape.n_ff)
+    of_a_layer = e * n_tokens * (4 * shape.width + attention + 4 * shape.n_ff)
     kept = n_trained * e * n_tokens * shape.width + 2 * of_a_layer if checkpointing else n_trained * of_a_layer
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = n_tokens * (HEAD_PART // shape.width) * (4 + 2 * e)  # where every token is predicted
@@ -164,35 +164,35 @@ def plan_time(
         new_lora: makes an adapter from a layer on.
         n_first: steps in which rows are met for the first time, and go through the layers below the first trained one.
     """
-    rows, prefix, text = typical.rows, typical.prefix, typical.text
-    parts = micro_batches(rows, len(prefix), plan.micro_tokens)
-    anchor = (
-        None if text is None else Anchor(text, torch.zeros(len(text), decoder.shape.width, device=decoder.place.device), 0.0)
-    )
+    probed = min(PROBED_LAYERS, plan.n_layer)
+    first = plan.n_layer - probed if plan.resident_bytes == plan.weight_bytes else 0  # of packed ones where there are any
+    lora = new_lora(first)
+    parts = []
+    for i, part in enumerate(micro_batches(typical.rows, len(typical.prefix), plan.micro_tokens)):
+        text = [typical.text] if typical.text and not i else []
+        bodies = [row.ids[len(typical.prefix) :] for row in part]
+        packed = pack(decoder, typical.prefix, [*bodies, *text], len(text))
+        n_predicted = sum(row.n_predicted for row in part) + sum(map(len, text))
+        parts.append((decoder.weights.embed(packed.ids), packed.where, n_predicted))
 
-    def step(n_trained: int) -> Callable[[], None]:
-        lora = new_lora(plan.n_layer - n_trained)
-
-        def go() -> None:
-            for i, part in enumerate(parts):
-                loss, drift = losses(decoder, lora, prefix, part, None if i else anchor)
-                (loss + drift).backward()
-
-        return go
+    def train() -> None:
+        for x, where, _ in parts:
+            y = decoder.run(x, where, lora, first, first + probed)
+            y.backward(torch.ones_like(y))
 
     @torch.no_grad()
-    def forward() -> None:
-        for part in parts:
-            packed = pack(decoder, prefix, [row.ids[len(prefix) :] for row in part])
-            decoder.run(decoder.weights.embed(packed.ids), packed.where, None, 0, n_probed)
+    def go_through() -> None:
+        for x, where, _ in parts:
+            decoder.run(x, where, None, first, first + probed)
 
-    n_probed = min(PROBED_LAYERS, plan.n_layer)
-    top = _seconds(step(1))
-    trained = (_seconds(step(n_probed)) - top) / max(1, n_probed - 1)  # what training a layer adds to going through it
-    through = _seconds(forward) / n_probed
-    head = max(0.0, top - through * (plan.n_layer - 1))  # and the one trained layer
+    @torch.no_grad()
+    def multiply_head() -> None:
+        for x, _, n_predicted in parts:
+            log_sum(x[:n_predicted], torch.full((len(x[:n_predicted]),), NO_TOKEN, device=x.device), decoder.weights)
+
+    trained, through, head = _seconds(train) / probed, _seconds(go_through) / probed, _seconds(multiply_head)
     for first in [plan.first_layer, *(first_trained(decoder.shape, d) for d in DEPTHS if d < depth)]:
-        seconds = n_steps * (head + (plan.n_layer - first - 1) * (trained + through)) + n_first * first * through
+        seconds = n_steps * (head + (plan.n_layer - first) * trained) + n_first * first * through
         plan = replace(plan, first_layer=first, seconds=seconds)
         if seconds <= limit_s:
             break
@@ -200,9 +200,9 @@ def plan_time(
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """Return the time of the faster of two runs: the first one meets new shapes."""
+    """Return the time of the fastest of three runs: the first one meets new shapes."""
     times = []
-    for _ in range(2):
+    for _ in range(3):
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)

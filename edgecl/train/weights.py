@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from edgecl_convert import GgufFile, UnsupportedError
-from edgecl_convert.ggml import dequantize, dequantize_bf16
+from edgecl_convert.ggml import dequantize, dequantize_into
 from edgecl_convert.names import from_gguf_rows, head_counts, n_heads_permuted
 
 from .shape import GROUPS, Shape
@@ -167,11 +167,11 @@ class Weights:
         """Decode rows of tensors: each from a row on, into a (rows, in) tensor."""
         stored = [(self.gguf.blocks(name)[first : first + len(out)], self.gguf.tensors[name]) for name, first, out in parts]
         n_heads = [n_heads_permuted(name, self.shape.architecture, self._heads) for name, _, _ in parts]
-        if self.place == Placement(torch.device("cpu"), torch.bfloat16):
+        if self.place.device.type == "cpu":
             # numpy alone: torch's threads, once awake, would take a core from those that decode
-            bits = [out.view(torch.uint16).numpy() for _, _, out in parts]
-            dequantize_bf16([(blocks, info.qtype, to) for (blocks, info), to in zip(stored, bits, strict=True)])
-            for to, n in zip(bits, n_heads, strict=True):
+            outs = [(out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy() for _, _, out in parts]
+            dequantize_into([(blocks, info.qtype, to) for (blocks, info), to in zip(stored, outs, strict=True)])
+            for to, n in zip(outs, n_heads, strict=True):
                 if n:
                     to[:] = from_gguf_rows(to, n)
         else:

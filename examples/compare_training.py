@@ -1,0 +1,393 @@
+"""Training beside what people use today: Hugging Face Trainer + PEFT, on the same rows, machine and day.
+
+Both learn the same three-epoch night from a JSONL file of chats (default: the demo's data), LoRA r = 8 on all seven
+projections, eight rows a step, from the packaged SmolLM2-135M; in turn, each run in a process of its own. The peer computes
+in the faster of bfloat16 and float32, which a few steps of each decide. Shown are:
+
+- full_depth: LoRA on every layer, the peer's recipe step by step; speed in real (unpadded) tokens per second of training;
+- default: the night as edgecl ships it, its anchor to the base included; speed from the files on disk to the adapter, and
+  accuracy on held-out rows beside the same night with LoRA on every layer;
+- front: the same at other depths;
+- low_memory: full_depth with packed weights; large: a model of 1.2 billion random weights, packed and checkpointed.
+
+    python examples/compare_training.py [--data FILE.jsonl] [--out compare-out] [--json]
+
+Every run is kept in the output folder and not repeated; remove the folder to start over. It takes about 40 minutes on two
+cores. Needs `accelerate` besides edgecl[demo,plot].
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgecl.learner import PACKAGED, find_model
+from edgecl.metrics import paired_interval
+from edgecl.profile import Profile, TrainSettings
+
+Rows = list[tuple[list[int], list[bool]]]
+SEEDS = (0, 1, 2)
+DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)
+N_TRAIN, N_HELDOUT = 300, 150
+PEER_RECIPE = TrainSettings(epochs=3, min_steps=1, anchor_weight=0.0, depth=1.0, schedule="constant", warmup=0.0)
+SHIPPED = TrainSettings(min_steps=1)
+LOW_MEMORY_BYTES = 640_000_000
+LARGE_BYTES = 2_000_000_000
+LARGE_STEPS = 3
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def chats(data: Path | None, seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return (prompt, answer) pairs to train on and to measure on."""
+    if data is None:
+        import demo_data
+
+        parts: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+        with tempfile.TemporaryDirectory() as folder:
+            demo_data.write_stream(Path(folder), N_TRAIN // 3, N_HELDOUT // 3, seed)
+            for split, rows in parts.items():
+                for path in sorted((Path(folder) / split).glob("*.jsonl")):
+                    rows += _pairs(path)
+        return parts["train"], parts["test"]
+    rows = random.Random(seed).sample(pairs := _pairs(data), len(pairs))
+    n_heldout = min(N_HELDOUT, len(rows) // 3)
+    return rows[n_heldout:][:N_TRAIN], rows[:n_heldout]
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    found = [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
+    return [(chat[0]["content"], chat[-1]["content"]) for chat in found]
+
+
+def encoded(pairs: list[tuple[str, str]]) -> Rows:
+    """Return token ids and what of them is supervised, without a system turn."""
+    from edgecl.engine import VocabFile
+
+    rows = []
+    with VocabFile(find_model(PACKAGED)) as vocab:
+        for prompt, answer in pairs:
+            before = vocab.encode(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+            after = vocab.encode(f"{answer}<|im_end|>")
+            rows.append((before + after, [False] * len(before) + [True] * len(after)))
+    return rows
+
+
+# --- runs, each in a process of its own ---------------------------------------------------------------------------------
+
+
+def run_edgecl(request: dict[str, Any]) -> dict[str, Any]:
+    """Train with edgecl; measure held-out rows afterwards."""
+    from edgecl.engine import VocabFile
+    from edgecl.stages import HERE
+    from edgecl.train import LatentStore, Night, TrainRow, train
+    from edgecl_convert import GgufFile
+
+    settings, base = TrainSettings(**request["settings"]), find_model(PACKAGED)
+    with VocabFile(base) as vocab:
+        ids = vocab.encode((HERE / "anchor.txt").read_text("utf-8"))
+    anchor = [ids[i : i + 32] for i in range(0, len(ids) - 32, 32)]
+    rows = [TrainRow(*row) for row in request["rows"]]
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, GgufFile(base) as gguf:
+        with LatentStore(Path(folder) / "latents.db", "base") as store:
+            limits = Profile(ram_bytes=request["ram_bytes"])
+            adapter, report = train(gguf, rows, [], settings, limits, Night(anchor=anchor, store=store))
+        facts = asdict(report) | {"night_s": time.perf_counter() - began, "peak_rss_bytes": _peak_rss()}
+        return facts | _heldout(adapter, request["heldout"])
+
+
+def run_peer(request: dict[str, Any]) -> dict[str, Any]:
+    """Train with Hugging Face Trainer and PEFT; measure held-out rows afterwards with edgecl's decoder."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GgufConfig, Trainer, TrainingArguments, set_seed
+
+    from edgecl_convert import GgufFile, read_peft_adapter
+
+    base, rows = find_model(PACKAGED), request["rows"]
+    set_seed(request["seed"])
+    began = time.perf_counter()
+    quantized = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        base.parent, gguf_file=base.name, dtype=torch.float32, quantization_config=quantized
+    )
+    model.is_quantized, model.hf_quantizer = False, None  # dense by now; Trainer would refuse otherwise
+    model.config.__dict__.pop("quantization_config", None)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=names))
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in batch)
+
+        def padded(key: str, fill: int) -> torch.Tensor:
+            return torch.tensor([row[key] + [fill] * (width - len(row[key])) for row in batch])
+
+        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
+        return {"input_ids": padded("input_ids", 2), "labels": padded("labels", -100), "attention_mask": torch.tensor(mask)}
+
+    labelled = [
+        {"input_ids": ids, "labels": [t if on else -100 for t, on in zip(ids, wanted, strict=True)]} for ids, wanted in rows
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=8, num_train_epochs=3, max_steps=request.get("max_steps", -1),
+            learning_rate=1e-3, lr_scheduler_type="constant", bf16=request["dtype"] == "bf16", use_cpu=True,
+            save_strategy="no", report_to=[], logging_steps=1, disable_tqdm=True, seed=request["seed"],
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=labelled, data_collator=collate)
+        trainer.train()
+        night_s, peak = time.perf_counter() - began, _peak_rss()
+        log = trainer.state.log_history
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        train_s = log[-1]["train_runtime"]
+        tokens = sum(len(ids) for ids, _ in rows) * len(losses) * 8 / len(rows)
+        facts = {"dtype": request["dtype"], "steps": len(losses), "losses": losses, "train_s": train_s, "night_s": night_s}
+        facts |= {"tokens": tokens, "tokens_per_s": tokens / train_s, "peak_rss_bytes": peak}
+        if request["heldout"]:
+            model.save_pretrained(folder)
+            with GgufFile(base) as gguf:
+                facts |= _heldout(read_peft_adapter(folder, gguf), request["heldout"])
+    return facts
+
+
+def run_large(request: dict[str, Any]) -> dict[str, Any]:
+    """Train a few steps of a model of 1.2 billion random weights."""
+    from edgecl.train import Night, TrainRow, train
+    from edgecl_convert import GgufFile
+
+    rng = np.random.default_rng(0)
+    with GgufFile(request["model"]) as gguf:
+        n_vocab = gguf.tensors["token_embd.weight"].shape[0]
+        ids = [rng.integers(0, n_vocab, int(n)).tolist() for n in rng.integers(20, 40, 8 * LARGE_STEPS)]
+        rows = [TrainRow(row, [False] * 12 + [True] * (len(row) - 12)) for row in ids]
+        settings = replace(PEER_RECIPE, epochs=1)
+        _, report = train(gguf, rows, [], settings, Profile(ram_bytes=request["ram_bytes"]), Night())
+        n_weights = sum(info.n_weights for info in gguf.tensors.values())
+    return asdict(report) | {"peak_rss_bytes": _peak_rss(), "n_weights": n_weights}
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _heldout(adapter: Any, rows: Rows) -> dict[str, Any]:
+    """Return answer loss (nats) of each row, and whether greedy decoding answers it word for word: every token is the likeliest."""
+    import torch
+    import torch.nn.functional as F
+
+    from edgecl.train.decoder import Decoder
+    from edgecl.train.forward import hidden_states
+    from edgecl.train.lora import Lora
+    from edgecl.train.weights import placement
+    from edgecl_convert import GgufFile
+
+    out: dict[str, Any] = {"heldout_losses": [], "heldout_correct": []}
+    with GgufFile(find_model(PACKAGED)) as gguf, torch.no_grad():
+        decoder = Decoder(gguf, placement())
+        lora = Lora(gguf, decoder.shape, PEER_RECIPE.r, PEER_RECIPE.lora_alpha, 0, decoder.place)
+        lora.warm_start(adapter)
+        for first in range(0, len(rows), 8):
+            part = rows[first : first + 8]
+            wanted = [[t for t, on in enumerate(supervised) if on] for _, supervised in part]
+            places = [(i, t - 1) for i, row in enumerate(wanted) for t in row]
+            hidden = hidden_states(decoder, lora, [], [ids for ids, _ in part], places)
+            for (ids, _), row, states in zip(part, wanted, hidden.split([len(row) for row in wanted]), strict=True):
+                targets = torch.tensor([ids[t] for t in row])
+                logits = torch.cat([states @ head.T for _, head in decoder.weights.head()], -1).float()
+                out["heldout_losses"].append(F.cross_entropy(logits, targets).item())
+                out["heldout_correct"].append(bool((logits.argmax(-1) == targets).all()))
+    return out
+
+
+RUNS = {"edgecl": run_edgecl, "peer": run_peer, "large": run_large}
+
+
+class Cells:
+    """Runs by name; one that has run is read back."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, kind: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Return what a run found."""
+        path = self.out / f"{name}.json"
+        if not path.is_file():
+            print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+            asked = json.dumps(request).encode()
+            done = subprocess.run([sys.executable, __file__, "--run", kind], input=asked, capture_output=True)
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{done.stderr.decode()[-3000:]}")
+            path.write_bytes(done.stdout.splitlines()[-1])
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return found
+
+
+# --- the comparison -----------------------------------------------------------------------------------------------------
+
+
+def compare(data: Path | None, out: Path) -> dict[str, Any]:
+    """Run everything that has not run yet; return the figures."""
+    cells = Cells(out)
+    requests = {}
+    for seed in SEEDS:
+        train_rows, heldout = (encoded(pairs) for pairs in chats(data, seed))
+        requests[seed] = {"rows": train_rows, "heldout": heldout, "seed": seed, "ram_bytes": Profile().ram_bytes}
+    few = requests[0] | {"max_steps": 6, "heldout": []}
+    probes = {dtype: cells.run(f"peer-{dtype}-probe", "peer", few | {"dtype": dtype}) for dtype in ("bf16", "fp32")}
+    dtype = max(probes, key=lambda name: probes[name]["tokens_per_s"])
+
+    peer, full, low = [], [], []
+    front: dict[float, list[dict[str, Any]]] = {depth: [] for depth in DEPTHS}
+    for seed, request in requests.items():
+        recipe = request | {"settings": asdict(replace(PEER_RECIPE, seed=seed))}
+        peer.append(cells.run(f"peer-{dtype}-seed{seed}", "peer", request | {"dtype": dtype}))
+        full.append(cells.run(f"full-seed{seed}", "edgecl", recipe))
+        low.append(cells.run(f"low-seed{seed}", "edgecl", recipe | {"ram_bytes": LOW_MEMORY_BYTES}))
+        for depth in DEPTHS:
+            settings = asdict(replace(SHIPPED, seed=seed, depth=depth))
+            front[depth].append(cells.run(f"depth{depth:g}-seed{seed}", "edgecl", request | {"settings": settings}))
+    large = large_cell(cells)
+
+    every, chosen = front[1.0], front[SHIPPED.depth]
+    result: dict[str, Any] = {
+        "peer": {"dtype": dtype} | _facts(peer) | {f"{d}_tokens_per_s": p["tokens_per_s"] for d, p in probes.items()},
+        "full_depth": _facts(full) | {"speed_ratio": _ratio(full, peer, "tokens_per_s")},
+        "default": {"depth": SHIPPED.depth} | _facts(chosen) | _against(chosen, every, peer),
+        "low_memory": _facts(low) | {
+            "rss_ratio": _ratio(low, peer, "peak_rss_bytes"),
+            "slowdown": _ratio(full, low, "tokens_per_s") - 1,
+        },
+        "large": {name: large[name] for name in ("peak_rss_bytes", "predicted_rss_bytes", "n_weights", "tokens_per_s", "plan")},
+        "front": [{"depth": depth} | _facts(runs) | _against(runs, every, peer) for depth, runs in front.items()],
+        "loss_curves": {"peer": peer[0]["losses"], "full_depth": full[0]["losses"], "default": chosen[0]["losses"]},
+        "data": data.name if data else "demo",
+        "machine": {"machine": platform.machine(), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")},
+    }
+    return result
+
+
+def large_cell(cells: Cells) -> dict[str, Any]:
+    """Build the large model, train it, and remove it."""
+    if (cells.out / "large.json").is_file():
+        return cells.run("large", "large", {})
+    spec = importlib.util.spec_from_file_location("random_llama", Path(__file__).parent / "lab" / "random_llama.py")
+    assert spec and spec.loader
+    random_llama = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(random_llama)
+    with tempfile.TemporaryDirectory(dir=cells.out) as folder:
+        model = random_llama.write_random_llama(Path(folder) / "large.gguf")
+        return cells.run("large", "large", {"model": str(model), "ram_bytes": LARGE_BYTES})
+
+
+def _facts(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    median = {key: float(np.median([run[key] for run in runs])) for key in ("tokens_per_s", "night_s", "peak_rss_bytes")}
+    median["accuracy"] = float(np.mean([np.mean(run["heldout_correct"]) for run in runs]))
+    if "plan" in runs[0]:
+        median["time_over_predicted"] = float(np.median([run["train_s"] / run["predicted_s"] for run in runs]))
+        median["rss_over_predicted"] = float(np.median([run["peak_rss_bytes"] / run["predicted_rss_bytes"] for run in runs]))
+    return median
+
+
+def _ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> float:
+    return float(np.median([a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]))
+
+
+def _against(runs: list[dict[str, Any]], every: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return speed against the peer, from start to end, and what training fewer layers costs."""
+    before, after = (np.concatenate([run["heldout_losses"] for run in part]) for part in (every, runs))
+    change, low, high = paired_interval(before, after)
+    right = [np.concatenate([run["heldout_correct"] for run in part]).astype(float) for part in (every, runs)]
+    speed = [(a["tokens"] / a["night_s"]) / (b["tokens"] / b["night_s"]) for a, b in zip(runs, peer, strict=True)]
+    return {
+        "speed_ratio": float(np.median(speed)),
+        "accuracy_difference": float((right[1] - right[0]).mean()),
+        "answer_loss_change": change,
+        "answer_loss_low": low,
+        "answer_loss_high": high,
+    }
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw loss curves, and speed against accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for name, losses in result["loss_curves"].items():
+        smooth = np.convolve(losses, np.ones(9) / 9, "valid")
+        left.plot(np.arange(len(smooth)) + 4, smooth, label=name)
+    left.set(xlabel="step", ylabel="answer loss, nats (mean of 9 steps)", yscale="log", title="Loss")
+    left.legend()
+    front = result["front"]
+    right.plot([row["speed_ratio"] for row in front], [100 * row["accuracy"] for row in front], marker="o", label="edgecl, by depth")
+    for row in front:
+        right.annotate(f"{row['depth']:g}", (row["speed_ratio"], 100 * row["accuracy"]), textcoords="offset points", xytext=(4, 4))
+    right.plot([1], [100 * result["peer"]["accuracy"]], "s", label=f"Trainer + PEFT, {result['peer']['dtype']}")
+    right.set(xlabel="speed of a whole night, times the peer's", ylabel="held-out rows answered, %", title="Speed and accuracy")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the figures."""
+    peer = result["peer"]
+    print(f"peer {peer['dtype']}: {peer['tokens_per_s']:.0f} tokens/s, {peer['peak_rss_bytes'] / 1e6:.0f} MB, {peer['accuracy']:.1%} right")
+    for name in ("full_depth", "default", "low_memory"):
+        row = result[name]
+        print(
+            f"{name:<11} {row['tokens_per_s']:.0f} tokens/s, {row['peak_rss_bytes'] / 1e6:.0f} MB, {row['accuracy']:.1%} right; "
+            + ", ".join(f"{key} {row[key]:+.3f}" for key in row if key.endswith(("_ratio", "_difference", "slowdown")))
+        )
+    print(f"large       {result['large']['peak_rss_bytes'] / 1e9:.2f} GB at {result['large']['n_weights'] / 1e9:.2f} G weights")
+    print("\ndepth  night, times the peer  right   against every layer: accuracy, answer loss in nats (95% interval)")
+    for row in result["front"]:
+        print(
+            f"{row['depth']:<6g} {row['speed_ratio']:<22.2f} {row['accuracy']:<7.1%} {row['accuracy_difference']:+.1%}, "
+            f"{row['answer_loss_change']:+.3f} ({row['answer_loss_low']:+.3f} to {row['answer_loss_high']:+.3f})"
+        )
+
+
+def main() -> None:
+    """Compare, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, help="JSONL chats of one turn; default: the demo's data")
+    parser.add_argument("--out", type=Path, default=Path("compare-out"))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(RUNS[arguments.run](json.load(sys.stdin))))
+        return
+    result = compare(arguments.data, arguments.out)
+    (arguments.out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    draw(result, arguments.out / "compare.png")
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Checkpoints: an interrupted run ends where an uninterrupted one ends, bit for bit; what does not fit is refused and kept."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+from tiny import build, random_adapter, random_tokens
+
+from edgecl.profile import Profile, TrainSettings
+from edgecl.train import Night, TrainRow, train
+from edgecl.train.checkpoint import CheckpointError, Facts, read_checkpoint, write_checkpoint
+from edgecl_convert import Adapter, GgufFile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = TrainSettings(epochs=3, min_steps=1, learning_rate=5e-3, batch_rows=4, replay_rows=2)
+ONE = Profile(threads=1)
+FACTS = Facts("base", "run")
+
+
+class Interrupted(Exception):
+    """What the test throws into a run."""
+
+
+def rows(n: int, seed: int) -> list[TrainRow]:
+    return [TrainRow(random_tokens(12, 100 * seed + i), [False] * 9 + [True] * 3) for i in range(n)]
+
+
+NEW, REPLAY, HELDOUT, ANCHOR = rows(14, 1), rows(5, 2), rows(4, 3), [random_tokens(16, i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    with GgufFile(build(tmp_path_factory.mktemp("checkpoint") / "base.gguf")[0]) as gguf:
+        yield gguf
+
+
+def night(path: Path, **more) -> Night:
+    return Night(anchor=ANCHOR, heldout=HELDOUT, checkpoint=path, checkpoint_every_s=0.0, base_sha256="base", **more)
+
+
+def interrupted(base, path: Path, at: int, settings=SETTINGS, **more) -> None:
+    """Train until `at` steps are done; the checkpoint is then of that step or the one before."""
+
+    def stop(done: int, total: int, loss: float) -> None:
+        if done == at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(base, NEW, REPLAY, settings, ONE, night(path, **more), stop)
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return one.pairs.keys() == other.pairs.keys() and all(
+        np.array_equal(x, y) for name in one.pairs for x, y in zip(one.pairs[name], other.pairs[name], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        replace(SETTINGS, ema_decay=0.9, schedule="oscillating"),
+        replace(SETTINGS, patience=2, eval_every=2),
+        replace(SETTINGS, depth=0.5, weight_decay=0.1),
+    ],
+    ids=["plain", "averaged", "early stop", "half depth"],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(base, tmp_path, settings):
+    start = random_adapter(base, size=0.1, r=8, lora_alpha=16.0)
+    whole, report = train(base, NEW, REPLAY, settings, ONE, Night(start=start, anchor=ANCHOR, heldout=HELDOUT))
+    path = tmp_path / "checkpoint.safetensors"
+    for at in (3, 5):  # interrupted twice
+        interrupted(base, path, at, settings, start=start)
+        assert path.is_file()
+    resumed, again = train(base, NEW, REPLAY, settings, ONE, night(path, start=start))
+    assert again.resumed_at == 4 and report.resumed_at == 0
+    assert same(resumed, whole)
+    assert (again.losses, again.heldout, again.steps) == (report.losses, report.heldout, report.steps)
+    other, _ = train(base, NEW, REPLAY, replace(settings, seed=1), ONE, Night(start=start, anchor=ANCHOR, heldout=HELDOUT))
+    assert not same(other, whole)
+
+
+KILLED = """
+import json, os, signal, sys
+from edgecl.profile import Profile, TrainSettings
+from edgecl.train import Night, TrainRow, train
+from edgecl_convert import GgufFile
+asked = json.load(sys.stdin)
+new, replay, heldout = ([TrainRow(*row) for row in asked[key]] for key in ("new", "replay", "heldout"))
+def progress(done, total, loss):
+    print(done, flush=True)
+    if done == asked["at"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+from pathlib import Path
+night = Night(anchor=asked["anchor"], heldout=heldout, checkpoint=Path(asked["path"]), checkpoint_every_s=0.0, base_sha256="base")
+train(GgufFile(asked["base"]), new, replay, TrainSettings(**asked["settings"]), Profile(threads=1), night, progress)
+"""
+
+
+def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(base, tmp_path):
+    whole, report = train(base, NEW, REPLAY, SETTINGS, ONE, Night(anchor=ANCHOR, heldout=HELDOUT))
+    path = tmp_path / "checkpoint.safetensors"
+    asked = {"new": NEW, "replay": REPLAY, "heldout": HELDOUT}
+    asked = {key: [(row.ids, row.supervised) for row in part] for key, part in asked.items()}
+    asked |= {"anchor": ANCHOR, "path": str(path), "base": str(base.path), "settings": asdict(SETTINGS)}
+    first = 1
+    for at in (2, 7, 11):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED], input=json.dumps(asked | {"at": at}), capture_output=True, text=True, timeout=120,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [int(line) for line in done.stdout.split()] == list(range(first, at + 1))
+        first = at  # the checkpoint of step at - 1 was written before step at
+    resumed, again = train(base, NEW, REPLAY, SETTINGS, ONE, night(path))
+    assert again.resumed_at == 10 and again.steps == report.steps
+    assert same(resumed, whole)
+
+
+def test_a_checkpoint_of_another_night_is_not_gone_on_from(base, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    interrupted(base, path, 4)
+    alone, _ = train(base, NEW, [], SETTINGS, ONE, Night(anchor=ANCHOR))
+    other, report = train(base, NEW, [], SETTINGS, ONE, replace(night(path), heldout=()))
+    assert report.resumed_at == 0 and same(other, alone)
+
+
+@pytest.mark.parametrize("damage", ["base", "version", "truncated", "empty", "not one", "facts", "bits"])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(base, tmp_path, damage):
+    path = tmp_path / "checkpoint.safetensors"
+    interrupted(base, path, 4)
+    data = path.read_bytes()
+    contents = {
+        "base": data.replace(b'base_sha256\\": \\"base', b'base_sha256\\": \\"easb'),
+        "version": data.replace(b'version\\": 1', b'version\\": 9'),
+        "truncated": data[: len(data) // 2],
+        "empty": b"",
+        "not one": b"hello, this is no checkpoint",
+        "facts": save({"flat": torch.zeros(3)}, {"facts": "{"}),
+        "bits": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    }
+    path.write_bytes(contents[damage])
+    with pytest.raises(CheckpointError) as caught:
+        train(base, NEW, REPLAY, SETTINGS, ONE, night(path))
+    message = str(caught.value)
+    assert str(path) in message and "move it away" in message and "\n" not in message
+    assert path.read_bytes() == contents[damage]
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    assert read_checkpoint(path, FACTS) is None
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0)}
+    write_checkpoint(path, FACTS, tensors, {"steps": 3, "losses": [1.5]})
+    found = read_checkpoint(path, FACTS)
+    assert found is not None
+    assert found[1] == {"steps": 3, "losses": [1.5]} and all(torch.equal(found[0][name], tensors[name]) for name in tensors)
+    assert read_checkpoint(path, replace(FACTS, run="another")) is None
+    assert b"pickle" not in path.read_bytes() and path.read_bytes()[8:9] == b"{"

@@ -1,0 +1,152 @@
+"""Latent cache: the same states as computed anew, found again on later nights, never a wrong or stale one."""
+
+import sqlite3
+
+import pytest
+import torch
+from tiny import build, random_adapter, random_tokens
+
+from edgecl.train import LatentStore, Night, TrainRow, train
+from edgecl.train.decoder import Decoder
+from edgecl.train.latents import Latents
+from edgecl.train.lora import Lora
+from edgecl.train.losses import losses
+from edgecl.train.weights import Placement
+from edgecl.profile import Profile, TrainSettings
+from edgecl_convert import GgufFile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU32 = Placement(torch.device("cpu"), torch.float32)
+PREFIX = random_tokens(10, 1)
+BODIES = [random_tokens(5 + i, 2 + i) for i in range(4)]
+ROWS = [TrainRow(PREFIX + body, [False] * (len(PREFIX) + 3) + [True] * (len(body) - 3)) for body in BODIES]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    with GgufFile(build(tmp_path_factory.mktemp("latents") / "base.gguf", n_layer=3)[0]) as gguf:
+        yield gguf
+
+
+def latents(base, store, first_layer=2, below=None) -> Latents:
+    decoder = Decoder(base, CPU32)
+    lora = Lora(base, decoder.shape, 4, 8.0, 0, CPU32, first_layer)
+    if below is not None:
+        lora.warm_start(below)
+    return Latents(decoder, lora, store)
+
+
+def states(found: Latents, rows=BODIES) -> torch.Tensor:
+    return found.states(PREFIX, rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_losses_and_gradients_are_those_without_a_cache(tmp_path, architecture):
+    with GgufFile(build(tmp_path / "base.gguf", architecture)[0]) as gguf, LatentStore(tmp_path / "l.db", "b") as store:
+        found = latents(gguf, store, first_layer=1, below=random_adapter(gguf, size=0.2))
+        decoder, lora = found.decoder, found.lora
+        results = []
+        for cache in (None, found, found):  # computed, then read back
+            lora.flat.grad.zero_()
+            loss, _ = losses(decoder, lora, PREFIX, ROWS, None, cache)
+            loss.backward()
+            results.append((loss.item(), lora.flat.grad.clone()))
+        assert found.n_computed == len(ROWS) + 1 and found.n_found >= len(ROWS)
+        for loss, gradient in results[1:]:
+            assert loss == pytest.approx(results[0][0], rel=1e-5)
+            assert (gradient - results[0][1]).norm() < 1e-5 * results[0][1].norm()
+
+
+def test_a_later_night_finds_rows_in_other_company(base, tmp_path):
+    with LatentStore(tmp_path / "l.db", "b") as store:
+        whole = states(latents(base, store))
+    with LatentStore(tmp_path / "l.db", "b") as store:
+        again = latents(base, store)
+        part = again.states(PREFIX, [BODIES[3], BODIES[1]])
+    assert again.n_computed == 0
+    starts = [len(PREFIX) + sum(len(body) for body in BODIES[:i]) for i in range(5)]
+    expected = torch.cat([whole[: len(PREFIX)], whole[starts[3] : starts[4]], whole[starts[1] : starts[2]]])
+    assert torch.equal(part, expected)
+
+
+def test_another_base_depth_prefix_or_lower_adapter_is_computed_anew(base, tmp_path):
+    path = tmp_path / "l.db"
+    with LatentStore(path, "b") as store:
+        states(latents(base, store))
+        for other in (latents(base, store, first_layer=1), latents(base, store, below=random_adapter(base))):
+            states(other)
+            assert other.n_found == 0
+        moved = latents(base, store)
+        moved.states(PREFIX[1:], BODIES)
+        assert moved.n_found == 0
+    with LatentStore(path, "another") as store:
+        other = latents(base, store)
+        states(other)
+        assert other.n_found == 0
+
+
+@pytest.mark.parametrize("damage", ["bit", "shorter", "not a database", "truncated", "table"])
+def test_what_is_damaged_is_computed_anew(base, tmp_path, damage):
+    path = tmp_path / "l.db"
+    with LatentStore(path, "b") as store:
+        wanted = states(latents(base, store))
+    if damage == "not a database":
+        path.write_bytes(b"hello, this is no database at all")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1500])
+    else:
+        database = sqlite3.connect(path)
+        with database:
+            if damage == "table":
+                database.execute("DROP TABLE latents")
+            for key, blob in database.execute("SELECT key, states FROM latents").fetchall() if damage != "table" else ():
+                wrong = bytes([blob[0] ^ 1]) + blob[1:] if damage == "bit" else blob[:-256]
+                database.execute("UPDATE latents SET states = ? WHERE key = ?", (wrong, key))
+        database.close()
+    with LatentStore(path, "b") as store:
+        found = latents(base, store)
+        assert torch.equal(states(found), wanted)
+        assert found.n_found == 0
+        assert torch.equal(states(found), wanted) and found.n_computed == len(BODIES) + 1
+
+
+def test_over_its_limit_it_forgets_what_was_not_used_for_longest(base, tmp_path):
+    row_bytes = 4 * 64 * 8
+    rows = [random_tokens(8, 50 + i) for i in range(6)]
+    path = tmp_path / "l.db"
+    for row in rows[:4]:
+        with LatentStore(path, "b", max_bytes=4 * row_bytes) as store:
+            latents(base, store).states([], [row], 1)
+    with LatentStore(path, "b", max_bytes=4 * row_bytes) as store:  # the first is used again, two come new
+        latents(base, store).states([], [rows[0]], 1)
+        latents(base, store).states([], rows[4:], 2)
+    with LatentStore(path, "b", max_bytes=4 * row_bytes) as store:
+        found = []
+        for row in rows:
+            cache = latents(base, store)
+            cache.decoder.run = None  # nothing may be computed: what is not there would be an error
+            try:
+                cache.states([], [row], 1)
+                found.append(True)
+            except TypeError:
+                found.append(False)
+    assert found == [True, False, False, True, True, True]
+
+
+def test_a_disk_that_is_full_costs_time_not_the_night(base, tmp_path):
+    with LatentStore(tmp_path / "l.db", "b", max_bytes=10) as store:
+        first, second = latents(base, store), latents(base, store)
+        assert torch.equal(states(first), states(second)) and second.n_found == 0
+
+
+def test_an_adapter_trained_with_a_cache_is_the_one_trained_without(base, tmp_path):
+    settings = TrainSettings(epochs=2, min_steps=1, depth=0.34, learning_rate=5e-3, anchor_weight=1.0)
+    anchor = [random_tokens(16, 90 + i) for i in range(2)]
+    with LatentStore(tmp_path / "l.db", "b") as store:
+        cached = [train(base, ROWS, [], settings, Profile(threads=1), Night(anchor=anchor, store=store))[0] for _ in range(2)]
+    alone, _ = train(base, ROWS, [], settings, Profile(threads=1), Night(anchor=anchor))
+    for name in alone.pairs:
+        for one, other, plain in zip(cached[0].pairs[name], cached[1].pairs[name], alone.pairs[name], strict=True):
+            assert (one == other).all()
+            assert abs(one - plain).max() < 1e-4 + 1e-3 * abs(plain).max()

@@ -1,0 +1,133 @@
+"""The planner: what is planned fits, more memory is never slower, less time means fewer layers, and it says what would fit."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import build, random_tokens
+
+from edgecl.errors import EdgeclError
+from edgecl.profile import Profile, TrainSettings
+from edgecl.train import Night, TrainRow, plan, train
+from edgecl.train.plan import Plan, first_trained, plan_memory, resident_part
+from edgecl.train.shape import Shape, read_shape
+from edgecl.train.weights import Placement
+from edgecl_convert import GgufFile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU32 = Placement(torch.device("cpu"), torch.float32)
+CPU16 = Placement(torch.device("cpu"), torch.bfloat16)
+SMOLLM = Shape("llama", 49152, 576, 1536, 30, 9, 3, 64, 1e-5, 0.125, 1e5)
+LLAMA_1B = Shape("llama", 128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 0.125, 5e5)
+ROW = TrainRow(list(range(30)), [False] * 20 + [True] * 10)
+STEPS = [[ROW] * 8] * 12
+TRAIN = TrainSettings()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_of_300_mb():
+    """Plan as in a fresh process, whatever ran in this one before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "resident_set", lambda: 300_000_000)
+        yield
+
+
+def planned(ram_bytes: float, shape=SMOLLM, place=CPU32, steps=STEPS, n_prefix=4, **more) -> Plan:
+    return plan_memory(shape, place, replace(TRAIN, **more), int(ram_bytes), steps, n_prefix, 32)
+
+
+def cost(made: Plan) -> tuple[bool, float, int]:
+    """What makes a plan slow, worst first."""
+    return made.checkpointing, -made.resident_bytes, -made.micro_tokens
+
+
+@settings(deadline=None)
+@given(ram=st.floats(0.45e9, 6e9), depth=st.floats(0.1, 1), place=st.sampled_from([CPU16, CPU32]))
+def test_what_is_planned_fits_and_more_memory_is_never_slower(ram, depth, place):
+    try:
+        made = planned(ram, place=place, depth=depth)
+    except EdgeclError:
+        assert ram < 0.7e9
+        return
+    assert made.peak_rss_bytes <= ram
+    assert made.first_layer == first_trained(SMOLLM, depth)
+    assert cost(planned(1.5 * ram, place=place, depth=depth)) <= cost(made)
+
+
+def test_memory_decides_between_resident_and_packed_weights():
+    rich, poor = planned(4e9), planned(0.62e9)
+    assert rich.resident_bytes == rich.weight_bytes == 4 * (30 * SMOLLM.layer_weights + 49152 * 576)
+    assert not rich.checkpointing and "weights resident" in str(rich)
+    assert poor.resident_bytes < 0.5 * poor.weight_bytes and "packed" in str(poor)
+    assert "% resident" in str(planned(1e9))
+    assert resident_part(SMOLLM, 4, 10**6) == 0
+
+
+def test_a_billion_weights_are_trained_in_two_gigabytes_packed_with_layers_computed_twice():
+    for place in (CPU16, CPU32):
+        made = planned(2e9, LLAMA_1B, place)
+        assert made.peak_rss_bytes < 2e9 and made.resident_bytes < made.weight_bytes
+
+
+def test_too_little_memory_says_how_much_would_fit():
+    with pytest.raises(EdgeclError, match=r"needs (\d+) MB of memory at least, ram_bytes is 50 MB") as caught:
+        planned(50e6)
+    needed = int(str(caught.value).split("needs ")[1].split(" MB")[0])
+    planned((needed + 2) * 1e6)
+    with pytest.raises(EdgeclError):
+        planned((needed - 20) * 1e6)
+
+
+def test_one_long_row_bounds_the_smallest_part():
+    long = TrainRow(list(range(1500)), [False] * 1400 + [True] * 100)
+    made = planned(4e9, steps=[[ROW] * 7 + [long]])
+    assert made.micro_tokens >= 1496
+    assert planned(1.3e9, steps=[[ROW] * 7 + [long]]).checkpointing
+
+
+# --- time, measured ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    with GgufFile(build(tmp_path_factory.mktemp("plan") / "base.gguf", n_layer=10)[0]) as gguf:
+        yield gguf
+
+
+def rows(n: int) -> list[TrainRow]:
+    return [TrainRow(random_tokens(20, i), [False] * 15 + [True] * 5) for i in range(n)]
+
+
+def test_a_night_short_of_time_trains_fewer_layers(base, monkeypatch):
+    monkeypatch.setattr(plan, "_seconds", lambda work: work() or 1.0)  # every piece of work takes a second
+    settings = TrainSettings(epochs=1, min_steps=1, anchor_weight=0.0)
+    depths = {}
+    for minutes in (100, 1.7, 0.001):
+        adapter, report = train(base, rows(16), [], settings, Profile(threads=1, minutes=minutes))
+        trained = {name.split(".")[1] for name, (_, b) in adapter.pairs.items() if b.any()}
+        depths[minutes] = len(trained)
+        assert report.plan.startswith(f"{len({n.split('.')[1] for n in adapter.pairs})} of 10 layers")
+    assert depths[100] == 10 and depths[0.001] <= 2
+    assert math.isclose(read_shape(base).n_layer, 10)
+
+
+def test_the_report_shows_what_was_expected_beside_what_was(base):
+    _, report = train(base, rows(16), [], TrainSettings(epochs=2, min_steps=1), Profile(threads=1), Night())
+    assert report.predicted_s > 0 and report.train_s > 0 and report.predicted_rss_bytes > 1e8
+    assert f"{report.predicted_rss_bytes / 1e6:.0f} MB" in report.plan
+
+
+def test_a_row_that_no_context_holds_is_left_out_and_counted(base):
+    long = TrainRow(random_tokens(90, 7), [False] * 10 + [True] * 80)
+    cut = TrainRow(random_tokens(90, 8), [False] * 85 + [True] * 5)
+    silent = TrainRow(random_tokens(9, 9), [False] * 9)
+    settings = TrainSettings(epochs=1, min_steps=1, anchor_weight=0.0)
+    _, report = train(base, [*rows(3), long, cut, silent], [], settings, Profile(threads=1, n_ctx=64))
+    assert (report.n_left_out, report.n_cut, report.steps) == (2, 1, 1)
+    assert report.tokens == 3 * 20 + 64
+    with pytest.raises(EdgeclError, match="none of 2 rows has an answer that fits into 64 tokens"):
+        train(base, [long, silent], [], settings, Profile(threads=1, n_ctx=64))
