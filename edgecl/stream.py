@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,18 @@ from .store import Scored
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a stream: what is served, how much may be rehearsed, and the seed."""
+    """One run of a stream: what is served, how much may be rehearsed, the seed, the precision of the base ("": its own)."""
 
     quant: str = "int8"
     replay: float = 0.1
     seed: int = 0
+    precision: str = ""
 
     @property
     def name(self) -> str:
         """File name of its result."""
-        return f"{self.quant}-replay{self.replay:g}-seed{self.seed}"
+        what = f"base-{self.precision}" if self.precision else self.quant
+        return f"{what}-replay{self.replay:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,7 @@ class _FirstNight:
     state: tuple[Any, ...] = ()
 
     def serves(self, cell: Cell) -> bool:
-        same = self.cell is not None and (self.cell.quant, self.cell.seed) == (cell.quant, cell.seed)
-        return same and cell.replay == 0
+        return self.cell is not None and replace(self.cell, replay=0.0) == cell and not cell.precision  # whose base is gone
 
 
 @dataclass
@@ -187,9 +188,7 @@ class _Run:
                     first.cell, first.state = self.cell, (start, accuracy[0].copy(), loss[0].copy(), nights[0])
                     shutil.copytree(self.home, first.folder, symlinks=True)
             result = {
-                "quant": self.cell.quant,
-                "replay": self.cell.replay,
-                "seed": self.cell.seed,
+                **asdict(self.cell),
                 "tasks": list(tasks),
                 "acc": average_accuracy(accuracy),
                 "bwt": backward_transfer(accuracy),
@@ -210,7 +209,10 @@ class _Run:
         settings = ReplaySettings(share=self.cell.replay)
         if not goes_on:
             path = find_model(self.model)
-            return Learner.init(path, self.home, quant=self.cell.quant, replay=settings, train=self.train, keep_models=1)
+            cell = self.cell
+            return Learner.init(
+                path, self.home, quant=cell.quant, precision=cell.precision, replay=settings, train=self.train, keep_models=1
+            )
         learner = Learner(self.home)
         learner.settings = replace(learner.settings, replay=settings)
         learner.store.drop("replay")

@@ -56,11 +56,11 @@ LARGE_STEPS = 3
 def chats(data: Path | None, seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return (prompt, answer) pairs to train on and to measure on."""
     if data is None:
-        import demo_data
+        from edgecl.demo import demo_data
 
         parts: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
         with tempfile.TemporaryDirectory() as folder:
-            demo_data.write_stream(Path(folder), N_TRAIN // 3, N_HELDOUT // 3, seed)
+            demo_data().write_stream(Path(folder), N_TRAIN // 3, N_HELDOUT // 3, seed)
             for split, rows in parts.items():
                 for path in sorted((Path(folder) / split).glob("*.jsonl")):
                     rows += _pairs(path)
@@ -125,7 +125,7 @@ def run_peer(request: dict[str, Any]) -> dict[str, Any]:
     set_seed(request["seed"])
     began = time.perf_counter()
     quantized = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         base.parent, gguf_file=base.name, dtype=torch.float32, quantization_config=quantized
     )
     model.is_quantized, model.hf_quantizer = False, None  # dense by now; Trainer would refuse otherwise
@@ -271,7 +271,8 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
         "peer": {"dtype": dtype} | _facts(peer) | {f"{d}_tokens_per_s": p["tokens_per_s"] for d, p in probes.items()},
         "full_depth": _facts(full) | {"speed_ratio": _ratio(full, peer, "tokens_per_s")},
         "default": {"depth": SHIPPED.depth} | _facts(chosen) | _against(chosen, every, peer),
-        "low_memory": _facts(low) | {
+        "low_memory": _facts(low)
+        | {
             "rss_ratio": _ratio(low, peer, "peak_rss_bytes"),
             "slowdown": _ratio(full, low, "tokens_per_s") - 1,
         },
@@ -339,9 +340,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set(xlabel="step", ylabel="answer loss, nats (mean of 9 steps)", yscale="log", title="Loss")
     left.legend()
     front = result["front"]
-    right.plot([row["speed_ratio"] for row in front], [100 * row["accuracy"] for row in front], marker="o", label="edgecl, by depth")
+    right.plot(
+        [row["speed_ratio"] for row in front], [100 * row["accuracy"] for row in front], marker="o", label="edgecl, by depth"
+    )
     for row in front:
-        right.annotate(f"{row['depth']:g}", (row["speed_ratio"], 100 * row["accuracy"]), textcoords="offset points", xytext=(4, 4))
+        right.annotate(
+            f"{row['depth']:g}", (row["speed_ratio"], 100 * row["accuracy"]), textcoords="offset points", xytext=(4, 4)
+        )
     right.plot([1], [100 * result["peer"]["accuracy"]], "s", label=f"Trainer + PEFT, {result['peer']['dtype']}")
     right.set(xlabel="speed of a whole night, times the peer's", ylabel="held-out rows answered, %", title="Speed and accuracy")
     right.legend()
@@ -353,7 +358,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def show(result: dict[str, Any]) -> None:
     """Print the figures."""
     peer = result["peer"]
-    print(f"peer {peer['dtype']}: {peer['tokens_per_s']:.0f} tokens/s, {peer['peak_rss_bytes'] / 1e6:.0f} MB, {peer['accuracy']:.1%} right")
+    print(
+        f"peer {peer['dtype']}: {peer['tokens_per_s']:.0f} tokens/s, {peer['peak_rss_bytes'] / 1e6:.0f} MB, {peer['accuracy']:.1%} right"
+    )
     for name in ("full_depth", "default", "low_memory"):
         row = result[name]
         print(

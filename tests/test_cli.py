@@ -103,6 +103,54 @@ def test_a_day_and_a_night_and_back(home: Path) -> None:
     assert run(home, "adapt")[0] == 4  # nothing to learn
 
 
+def test_the_night_says_how_it_was_planned_and_what_it_took(home: Path) -> None:
+    run(home, "observe", "-", stdin=lines(4))
+    code, out, _ = run(home, "adapt")
+    plan = next(line for line in out.splitlines() if line.startswith("plan"))
+    assert code == 0 and "2 of 2 layers, weights resident" in plan and "took" in plan
+    assert (home / "runs/latents.db").parent.stat().st_mode & 0o777 == 0o700
+    assert not (home / "runs/checkpoint.safetensors").exists()
+
+
+def test_too_little_memory_says_what_would_fit_and_loses_nothing(home: Path) -> None:
+    run(home, "observe", "-", stdin=lines(4))
+    code, _, error = run(home, "adapt", "--ram", "200000000")
+    assert code == 1 and one_line(error, "memory"), error
+    code, _, error = run(home, "adapt", "--ram", "420000000")
+    assert code == 1 and one_line(error, "training needs", "MB of memory at least", "ram_bytes is 420 MB"), error
+    assert pending(home) == 4
+    assert json.loads(run(home, "history", "--json")[1])["nights"][-1]["accepted"] == 0
+
+
+def test_a_loss_that_is_not_a_number_refuses_the_night_and_names_step_and_rows(home: Path) -> None:
+    config = home / "edgecl.toml"
+    config.write_text(config.read_text().replace("learning_rate = 0.02", "learning_rate = 1e38"))
+    run(home, "observe", "-", stdin=lines(3))
+    code, out, error = run(home, "adapt")
+    assert code == 3 and "refused: training loss is" in out and "of 12 (rows: new" in out, error
+    assert pending(home) == 3 and json.loads(run(home, "status", "--json")[1])["last_night"]["accepted"] is False
+
+
+@pytest.mark.parametrize(("precision", "qtype"), [("f16", "F16"), ("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_a_base_of_a_precision_is_what_is_trained_and_served(tmp_path: Path, base: Path, precision: str, qtype: str) -> None:
+    home = tmp_path / "home"
+    assert run(home, "init", base, "--precision", precision)[0] == 0
+    config = home / "edgecl.toml"
+    loose = "[gate]\nmin_recall = 0.0\nmax_prose_nats = 100.0\nmax_drop = 1.0\nmin_survival = 0.0\n"
+    config.write_text(config.read_text().split("[train]")[0] + "[train]\n" + TRAIN + loose)
+    run(home, "observe", "-", stdin=lines(4))
+    code, _, error = run(home, "adapt")
+    assert code == 0, error
+    written, served = home / f"base-{qtype}.gguf", next((home / "generations/0001").glob("model-*.gguf"))
+    with GgufFile(written) as before, GgufFile(served) as after:
+        assert {info.qtype.name for info in before.tensors.values() if len(info.shape) == 2} == {qtype}
+        for name in ("token_embd.weight", "output.weight"):
+            assert before.tensors[name].qtype == after.tensors[name].qtype
+            assert (before.blocks(name) == after.blocks(name)).all()
+        moved = "blk.0.ffn_down.weight"
+        assert after.tensors[moved].qtype.name == qtype and (before.blocks(moved) != after.blocks(moved)).any()
+
+
 def test_a_night_that_learned_nothing_is_refused_and_keeps_its_rows(home: Path) -> None:
     config = home / "edgecl.toml"
     config.write_text(config.read_text().replace("min_recall = 0.0", "min_recall = 1.0").replace("0.02", "1e-9"))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import build, random_adapter, random_tokens
 
+from edgecl.profile import Profile, TrainSettings
 from edgecl.train import LatentStore, Night, TrainRow, train
 from edgecl.train.decoder import Decoder
 from edgecl.train.latents import Latents
 from edgecl.train.lora import Lora
 from edgecl.train.losses import losses
 from edgecl.train.weights import Placement
-from edgecl.profile import Profile, TrainSettings
 from edgecl_convert import GgufFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,9 +24,7 @@ def rates(**settings):
     cycles=st.integers(1, 9), settled=st.floats(0, 0.9),
 )  # fmt: skip
 def test_every_rate_is_above_zero_and_at_most_the_peak_and_its_bump(schedule, n_steps, warmup, bump, cycles, settled):
-    made = TrainSettings(
-        learning_rate=PEAK, schedule=schedule, warmup=warmup, bump=bump, cycles=cycles, settled=settled
-    )
+    made = TrainSettings(learning_rate=PEAK, schedule=schedule, warmup=warmup, bump=bump, cycles=cycles, settled=settled)
     highest = PEAK * (1 + bump if schedule == "oscillating" else 1)
     assert all(0 < learning_rate(made, step, n_steps) <= highest * (1 + 1e-9) for step in range(n_steps))
 

@@ -37,6 +37,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, An
     return list(run_stream(stream, cells, model=str(base), home=folder / "cells", train=TRAIN)), folder / "cells", base, stream
 
 
+def test_a_cell_on_a_base_of_a_precision_is_kept_under_its_own_name(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    _, _, base, stream = results
+    cells = [Cell("int8", share, precision="int8") for share in (0.5, 0.0)]
+    found = list(run_stream(stream, cells, model=str(base), home=tmp_path, train=TRAIN))
+    assert [result["precision"] for result in found] == ["int8", "int8"]
+    assert found[0]["matrix"][0] == found[1]["matrix"][0]
+    assert {path.name for path in tmp_path.glob("*.json")} == {f"{cell.name}.json" for cell in cells}
+
+
 def test_an_int4_cell_reports_its_distance_to_int8(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:
     for result in results[0]:
         against = result["against_int8"]

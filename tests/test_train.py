@@ -165,9 +165,7 @@ def same(one, other) -> bool:
 def test_same_seed_gives_the_same_adapter_bit_for_bit(models):
     base, _ = models("llama")
     settings = replace(FAST, epochs=2, anchor_weight=1.0)
-    runs = [
-        fit(base, facts(12, 1), facts(5, 2), replace(settings, seed=s), night=Night(anchor=ANCHORS))[0] for s in (3, 3, 4)
-    ]
+    runs = [fit(base, facts(12, 1), facts(5, 2), replace(settings, seed=s), night=Night(anchor=ANCHORS))[0] for s in (3, 3, 4)]
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
     untrained = [fit(base, facts(3, 1), [], replace(FAST, seed=s), minutes=1e-9)[0] for s in (3, 3, 4)]

@@ -10,25 +10,28 @@ import click
 from rich.table import Table
 
 from ..errors import DataError
-from ..learner import Learner
+from ..learner import PRECISIONS, Learner
 from .output import console, json_option, print_json, safe
 
 
 @click.command()
 @click.argument("model")
 @click.option("--quant", default="int8", show_default=True, help="What is served: int8, int4, keep, or a type.")
+@click.option(
+    "--precision", type=click.Choice([*PRECISIONS]), help="Write the base at it first: what is trained is what is served."
+)
 @click.option("--profile", default="laptop-cpu", show_default=True, help="Limits: a profile's name, or a TOML file.")
 @click.option("--force", is_flag=True, help="Replace a home that exists, with its store and its generations.")
 @json_option
 @click.pass_obj
-def init(home: Path | None, model: str, quant: str, profile: str, force: bool, as_json: bool) -> None:
+def init(home: Path | None, model: str, quant: str, precision: str | None, profile: str, force: bool, as_json: bool) -> None:
     """Make a home for MODEL: a GGUF file, a Hugging Face folder, or `smollm2`, the packaged one."""
-    with Learner.init(model, home, quant=quant, profile=profile, force=force) as learner:
+    with Learner.init(model, home, quant=quant, precision=precision or "", profile=profile, force=force) as learner:
         status = learner.status()
     if as_json:
         print_json(status)
     else:
-        click.echo(f"{status['home']} is ready: it serves {Path(status['base']).name}, and will serve {quant}")
+        click.echo(f"{status['home']} is ready: it serves {Path(status['base']).name}, and will serve {status['quant']}")
 
 
 @click.command()

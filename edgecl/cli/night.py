@@ -78,7 +78,10 @@ def print_report(report: AdaptReport) -> None:
     out.print(f"survival    {kept} of the adapter's gain")
     train = report.train
     out.print(f"plan        {train['plan']}; took {train['train_s']:.0f} s, {size(train['peak_rss_bytes'])}")
-    for key, what in (("n_cut", "longer than the context, cut from the left"), ("n_left_out", "without an answer that fits, left out")):
+    for key, what in (
+        ("n_cut", "longer than the context, cut from the left"),
+        ("n_left_out", "without an answer that fits, left out"),
+    ):
         if train[key]:
             out.print(f"rows        {train[key]} {what}")
     out.print(

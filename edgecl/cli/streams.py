@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 
 from ..errors import DataError, SettingError
-from ..learner import GATES
+from ..learner import GATES, served_at
 from ..stream import Cell, Stream, run_stream
 from .output import console, json_option, print_json, progress_bar, safe, size
 
@@ -29,6 +29,7 @@ def _numbers(text: str, kind: type, name: str) -> list[Any]:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", default="smollm2", show_default=True)
 @click.option("--quant", default="int8", show_default=True, help="What is served; a list runs as a grid.")
+@click.option("--precision", default="", help="Of the base, instead of --quant: f16, int8, int4; a list runs as a grid.")
 @click.option("--replay", default="0.1", show_default=True, help="Share of each night's rows kept; a list runs as a grid.")
 @click.option("--seed", default="0", show_default=True, help="A list runs as a grid.")
 @click.option("--order", default="", help="Tasks, in order; default: FOLDER/order.json, or the names.")
@@ -42,6 +43,7 @@ def stream(
     folder: Path,
     model: str,
     quant: str,
+    precision: str,
     replay: str,
     seed: str,
     order: str,
@@ -56,7 +58,8 @@ def stream(
     of a grid are kept and not run again.
     """
     shares, seeds = _numbers(replay, float, "--replay"), _numbers(seed, int, "--seed")
-    cells = [Cell(q, r, s) for q, r, s in itertools.product(quant.split(","), shares, seeds)]
+    arms = [(served_at(p), p) for p in precision.split(",")] if precision else [(q, "") for q in quant.split(",")]
+    cells = [Cell(q, r, s, p) for (q, p), r, s in itertools.product(arms, shares, seeds)]
     names = order.split(",") if order else []
     results: list[dict[str, Any]] = []
     with progress_bar() as progress:
@@ -74,7 +77,8 @@ def print_stream(result: dict[str, Any]) -> None:
     """Print the accuracy matrix of a stream and what its nights cost."""
     out = console()
     tasks = result["tasks"]
-    out.print(f"\n{result['quant']}, {result['replay']:.1%} replay, seed {result['seed']}: accuracy after each night")
+    base = f" on a base at {result['precision']}" if result["precision"] else ""
+    out.print(f"\n{result['quant']}{base}, {result['replay']:.1%} replay, seed {result['seed']}: accuracy after each night")
     table = Table("night", *map(safe, tasks), "prose", box=None, pad_edge=False)
     for i, task in enumerate(tasks):
         cells = ["" if x is None or j > i else f"{x:.0%}" for j, x in enumerate(result["matrix"][i])]

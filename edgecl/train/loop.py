@@ -171,7 +171,11 @@ class _Run:
             self._go_on_from(*found)
         report = self.report
         report.dtype = str(self.place.dtype).removeprefix("torch.")
-        report.plan, report.predicted_s, report.predicted_rss_bytes = str(self.plan), self.plan.seconds, self.plan.peak_rss_bytes
+        report.plan, report.predicted_s, report.predicted_rss_bytes = (
+            str(self.plan),
+            self.plan.seconds,
+            self.plan.peak_rss_bytes,
+        )
         report.load_s = time.perf_counter() - began
 
     def _usable(self, kind: str, rows: Sequence[TrainRow]) -> list[TrainRow]:

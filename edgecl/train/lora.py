@@ -99,7 +99,7 @@ class Lora:
                 at = self._lay_out(layer, projections, self.shape.columns(group), at)
         self.flat = nn.Parameter(torch.zeros(at, device=self.place.device))
         self.flat.grad = torch.zeros_like(self.flat)
-        self._cast = torch.zeros(at, device=self.place.device, dtype=self.place.dtype)
+        self._cast = self.flat.detach().to(self.place.dtype)  # itself, where training is in float32
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, place in self._places.items():
@@ -140,7 +140,8 @@ class Lora:
 
     def refresh(self) -> None:
         """Bring what products use up to date with `flat`, once after each change of it."""
-        self._cast.copy_(self.flat.detach())
+        if self.place.dtype != torch.float32:
+            self._cast.copy_(self.flat.detach())
         for group in self.groups.values():
             group.refresh()
 

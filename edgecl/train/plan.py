@@ -59,8 +59,8 @@ class Plan:
         weights = "resident" if share >= 1 else f"{share:.0%} resident" if share else "packed"
         twice = ", layers computed twice" if self.checkpointing else ""
         return (
-            f"{self.n_layer - self.first_layer} of {self.n_layer} layers, weights {weights}, parts of {self.micro_tokens} tokens"
-            f"{twice}: {self.seconds:.0f} s, {self.peak_rss_bytes / 1e6:.0f} MB"
+            f"{self.n_layer - self.first_layer} of {self.n_layer} layers, weights {weights}, "
+            f"parts of {self.micro_tokens} tokens{twice}: {self.seconds:.0f} s, {self.peak_rss_bytes / 1e6:.0f} MB"
         )
 
 

@@ -165,19 +165,18 @@ class Weights:
 
     def _decode(self, parts: Sequence[tuple[str, int, torch.Tensor]]) -> None:
         """Decode rows of tensors: each from a row on, into a (rows, in) tensor."""
-        stored = [(self.gguf.blocks(name)[first : first + len(out)], self.gguf.tensors[name]) for name, first, out in parts]
-        n_heads = [n_heads_permuted(name, self.shape.architecture, self._heads) for name, _, _ in parts]
+        stored = []
+        for name, first, out in parts:
+            n_heads = n_heads_permuted(name, self.shape.architecture, self._heads)
+            blocks = self.gguf.blocks(name)[first : first + len(out)]
+            stored.append((from_gguf_rows(blocks, n_heads), self.gguf.tensors[name].qtype))  # bytes, a tenth of the weights
         if self.place.device.type == "cpu":
             # numpy alone: torch's threads, once awake, would take a core from those that decode
             outs = [(out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy() for _, _, out in parts]
-            dequantize_into([(blocks, info.qtype, to) for (blocks, info), to in zip(stored, outs, strict=True)])
-            for to, n in zip(outs, n_heads, strict=True):
-                if n:
-                    to[:] = from_gguf_rows(to, n)
+            dequantize_into([(blocks, qtype, to) for (blocks, qtype), to in zip(stored, outs, strict=True)])
         else:
-            for (blocks, info), n, (_, _, out) in zip(stored, n_heads, parts, strict=True):
-                rows = from_gguf_rows(dequantize(blocks, info.qtype, info.shape[-1]), n)
-                out.copy_(torch.from_numpy(np.ascontiguousarray(rows)))
+            for (blocks, qtype), (_, _, out) in zip(stored, parts, strict=True):
+                out.copy_(torch.from_numpy(dequantize(blocks, qtype, out.shape[1])))
         for name, _, _ in parts:
             self.gguf.release(name)
 
