@@ -188,7 +188,7 @@ def _peak_rss() -> int:
 
 
 def _heldout(adapter: Any, rows: Rows) -> dict[str, Any]:
-    """Return answer loss (nats) of each row, and whether greedy decoding answers it word for word: every token is the likeliest."""
+    """Return answer loss (nats) of each row, and whether every token of its answer is the likeliest one."""
     import torch
     import torch.nn.functional as F
 
@@ -357,17 +357,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """Print the figures."""
-    peer = result["peer"]
-    print(
-        f"peer {peer['dtype']}: {peer['tokens_per_s']:.0f} tokens/s, {peer['peak_rss_bytes'] / 1e6:.0f} MB, {peer['accuracy']:.1%} right"
-    )
-    for name in ("full_depth", "default", "low_memory"):
+    print(f"{'':<12}tokens/s  peak RSS  right")
+    for name in ("peer", "full_depth", "default", "low_memory"):
         row = result[name]
-        print(
-            f"{name:<11} {row['tokens_per_s']:.0f} tokens/s, {row['peak_rss_bytes'] / 1e6:.0f} MB, {row['accuracy']:.1%} right; "
-            + ", ".join(f"{key} {row[key]:+.3f}" for key in row if key.endswith(("_ratio", "_difference", "slowdown")))
-        )
-    print(f"large       {result['large']['peak_rss_bytes'] / 1e9:.2f} GB at {result['large']['n_weights'] / 1e9:.2f} G weights")
+        ratios = [f"{key} {row[key]:.3f}" for key in row if key.endswith(("_ratio", "_difference", "slowdown"))]
+        row_start = f"{name:<12}{row['tokens_per_s']:<10.0f}{row['peak_rss_bytes'] / 1e6:>5.0f} MB  {row['accuracy']:<6.1%}"
+        print(row_start, ", ".join(ratios) or row["dtype"])
+    large = result["large"]
+    large_size = f"{large['peak_rss_bytes'] / 1e6:>5.0f} MB  {large['n_weights'] / 1e9:.2f}e9 weights"
+    print(f"{'large':<12}{large['tokens_per_s']:<10.1f}{large_size}")
     print("\ndepth  night, times the peer  right   against every layer: accuracy, answer loss in nats (95% interval)")
     for row in result["front"]:
         print(

@@ -101,7 +101,8 @@ def progress(done, total, loss):
     if done == asked["at"]:
         os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
-night = Night(anchor=asked["anchor"], heldout=heldout, checkpoint=Path(asked["path"]), checkpoint_every_s=0.0, base_sha256="base")
+path = Path(asked["path"])
+night = Night(anchor=asked["anchor"], heldout=heldout, checkpoint=path, checkpoint_every_s=0.0, base_sha256="base")
 train(GgufFile(asked["base"]), new, replay, TrainSettings(**asked["settings"]), Profile(threads=1), night, progress)
 """
 

@@ -1,7 +1,7 @@
 """A llama-shaped GGUF of random Q4_0 weights, the size of a model that a small board would serve; it can say nothing.
 
-``python examples/lab/random_llama.py OUT.gguf`` writes 1.24 billion weights in 0.7 GB: 16 layers of width 2,048 with a vocabulary
-of 128,256, which is the shape of Llama 3.2 1B. Memory and time of training do not depend on what the weights are.
+``python examples/lab/random_llama.py OUT.gguf`` writes 1.24 billion weights in 0.7 GB: 16 layers of width 2,048 with a
+vocabulary of 128,256, which is the shape of Llama 3.2 1B. Memory and time of training do not depend on what the weights are.
 """
 
 import sys
