@@ -7,6 +7,7 @@ that comes in and goes out is paths, numbers and rows, so a stage can be run by 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -32,6 +33,8 @@ from .profile import Profile, TrainSettings
 Request = dict[str, Any]
 Report = Callable[[int, int, str], None]
 HERE = Path(__file__).resolve().parent
+ANCHOR_TOKENS = 32  # of a piece: as long as a short row
+MAX_ANCHORS = 48  # what the base predicts on each is computed before the first night
 
 
 def example_from(record: list[Any]) -> Example:
@@ -61,6 +64,13 @@ def prose_text() -> str:
     return (HERE / "prose.txt").read_text("utf-8")
 
 
+def anchor_pieces(vocab: Any) -> list[list[int]]:
+    """Return token ids of pieces of general text, from all over the text that holds a model to its base."""
+    ids = vocab.encode((HERE / "anchor.txt").read_text("utf-8"))
+    pieces = [ids[i : i + ANCHOR_TOKENS] for i in range(0, len(ids) - ANCHOR_TOKENS, ANCHOR_TOKENS)]
+    return pieces[:: math.ceil(len(pieces) / MAX_ANCHORS)]
+
+
 def train_stage(request: Request, report: Report) -> Request:
     """Train tonight's adapter; write it as GGUF and as a PEFT folder."""
     from .engine import VocabFile
@@ -73,9 +83,7 @@ def train_stage(request: Request, report: Report) -> Request:
                 [TrainRow(e.ids, e.supervised) for e in (chats.encode(example_from(r)) for r in request[key])]
                 for key in ("new", "replay", "heldout")
             )
-            ids = vocab.encode((HERE / "anchor.txt").read_text("utf-8"))
-        n = 32  # as long as a short row, so that padding costs little
-        anchor = [ids[i : i + n] for i in range(0, len(ids) - n, n)]
+            anchor = anchor_pieces(vocab)
         start = read_gguf_adapter(request["start"]) if request["start"] else None
         runs = Path(request["runs"])
         with LatentStore(runs / "latents.db", request["base_sha256"]) as store:

@@ -94,14 +94,13 @@ def encoded(pairs: list[tuple[str, str]]) -> Rows:
 def run_edgecl(request: dict[str, Any]) -> dict[str, Any]:
     """Train with edgecl; measure held-out rows afterwards."""
     from edgecl.engine import VocabFile
-    from edgecl.stages import HERE
+    from edgecl.stages import anchor_pieces
     from edgecl.train import LatentStore, Night, TrainRow, train
     from edgecl_convert import GgufFile
 
     settings, base = TrainSettings(**request["settings"]), find_model(PACKAGED)
     with VocabFile(base) as vocab:
-        ids = vocab.encode((HERE / "anchor.txt").read_text("utf-8"))
-    anchor = [ids[i : i + 32] for i in range(0, len(ids) - 32, 32)]
+        anchor = anchor_pieces(vocab)
     rows = [TrainRow(*row) for row in request["rows"]]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, GgufFile(base) as gguf:

@@ -11,7 +11,7 @@ from edgecl.train import LatentStore, Night, TrainRow, train
 from edgecl.train.decoder import Decoder
 from edgecl.train.latents import Latents
 from edgecl.train.lora import Lora
-from edgecl.train.losses import losses
+from edgecl.train.losses import anchors, losses
 from edgecl.train.weights import Placement
 from edgecl_convert import GgufFile
 
@@ -138,6 +138,22 @@ def test_a_disk_that_is_full_costs_time_not_the_night(base, tmp_path):
     with LatentStore(tmp_path / "l.db", "b", max_bytes=10) as store:
         first, second = latents(base, store), latents(base, store)
         assert torch.equal(states(first), states(second)) and second.n_found == 0
+
+
+def test_what_the_base_predicts_on_general_text_is_kept_too(base, tmp_path):
+    decoder, texts = Decoder(base, CPU32), [random_tokens(12 + i, 70 + i) for i in range(11)]
+    wanted = anchors(decoder, texts)
+    with LatentStore(tmp_path / "l.db", "b") as store:
+        first = anchors(decoder, texts[:7], store=store)
+        both = anchors(decoder, texts, store=store)
+        decoder.run = None  # nothing may be computed
+        again = anchors(decoder, texts[::-1], store=store)[::-1]
+        with pytest.raises(TypeError):
+            anchors(decoder, [texts[0][1:]], store=store)
+    for found in (first, both, again):
+        for one, other in zip(found, wanted, strict=False):
+            assert one.ids == other.ids and one.entropy == pytest.approx(other.entropy, rel=1e-4)
+            assert (one.expected - other.expected).norm() < 1e-4 * other.expected.norm()
 
 
 def test_an_adapter_trained_with_a_cache_is_the_one_trained_without(base, tmp_path):

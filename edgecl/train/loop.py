@@ -160,7 +160,7 @@ class _Run:
         if night.start is not None:
             self.lora.warm_start(night.start)
         self.latents = Latents(self.decoder, self.lora, night.store) if night.store and self.plan.first_layer else None
-        self.anchors = anchors(self.decoder, texts, None if self.lora.digest_below() else self.latents)
+        self.anchors = anchors(self.decoder, texts, None if self.lora.digest_below() else self.latents, night.store)
         self.optimizer = torch.optim.AdamW(
             [self.lora.flat], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
