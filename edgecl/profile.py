@@ -22,6 +22,7 @@ else:
     import tomli as tomllib
 
 SCHEDULES = ("constant", "linear", "cosine", "oscillating")
+PRECISIONS = {"f16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # of a base, and the type that all its weights get
 T = TypeVar("T")
 
 
@@ -197,6 +198,17 @@ class Settings:
             else:
                 lines.append(f"{name} = {_toml(value)}")
         return "\n".join([*lines, *tables, ""])
+
+
+def served_at(precision: str) -> str:
+    """Return the quant at which a base of a precision is served.
+
+    Raises:
+        SettingError: no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise SettingError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision}")
+    return "F16" if precision == "f16" else precision
 
 
 def _toml(value: Any) -> str:

@@ -10,7 +10,8 @@ import click
 from rich.table import Table
 
 from ..errors import DataError
-from ..learner import PRECISIONS, Learner
+from ..learner import Learner
+from ..profile import PRECISIONS
 from .output import console, json_option, print_json, safe
 
 

@@ -13,7 +13,8 @@ import click
 from rich.table import Table
 
 from ..errors import DataError, SettingError
-from ..learner import GATES, served_at
+from ..learner import GATES
+from ..profile import served_at
 from ..stream import Cell, Stream, run_stream
 from .output import console, json_option, print_json, progress_bar, safe, size
 
