@@ -42,7 +42,7 @@ def planned(ram_bytes: float, shape=SMOLLM, place=CPU32, steps=STEPS, n_prefix=4
 
 def cost(made: Plan) -> tuple[bool, float, int]:
     """What makes a plan slow, worst first."""
-    return made.checkpointing, -made.resident_bytes, -made.micro_tokens
+    return made.checkpointing, -made.n_resident, -made.micro_tokens
 
 
 @settings(deadline=None)
@@ -60,17 +60,28 @@ def test_what_is_planned_fits_and_more_memory_is_never_slower(ram, depth, place)
 
 def test_memory_decides_between_resident_and_packed_weights():
     rich, poor = planned(4e9), planned(0.62e9)
-    assert rich.resident_bytes == rich.weight_bytes == 4 * (30 * SMOLLM.layer_weights + 49152 * 576)
-    assert not rich.checkpointing and "weights resident" in str(rich)
-    assert poor.resident_bytes < 0.5 * poor.weight_bytes and "packed" in str(poor)
-    assert "% resident" in str(planned(1e9))
-    assert resident_part(SMOLLM, 4, 10**6) == 0
+    assert rich.is_resident and not rich.checkpointing and "weights resident" in str(rich)
+    assert poor.n_resident < 15 and not poor.resident_head and "packed" in str(poor)
+    assert "weights of " in str(planned(1.05e9)) and "layers packed" in str(planned(1.05e9))
+
+
+def test_trained_layers_stay_decoded_first_then_the_head_then_the_others():
+    layer, head = 4 * SMOLLM.layer_weights, 4 * 49152 * 576
+    for room, wanted in (
+        (layer - 1, (0, False)),
+        (7 * layer, (7, False)),
+        (10 * layer + head - 1, (10, False)),
+        (10 * layer + head, (10, True)),
+        (13 * layer + head, (13, True)),
+        (99 * layer + head, (30, True)),
+    ):
+        assert resident_part(SMOLLM, 4, 20, room) == wanted
 
 
 def test_a_billion_weights_are_trained_in_two_gigabytes_packed_with_layers_computed_twice():
     for place in (CPU16, CPU32):
         made = planned(2e9, LLAMA_1B, place)
-        assert made.peak_rss_bytes < 2e9 and made.resident_bytes < made.weight_bytes
+        assert made.peak_rss_bytes < 2e9 and not made.is_resident
 
 
 def test_too_little_memory_says_how_much_would_fit():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,15 +33,15 @@ class Sequenced:
 class Decoder:
     """A base in the dtype of training. `run` goes through some of its layers; what a batch looks like is `forward`'s matter."""
 
-    def __init__(self, gguf: GgufFile, place: Placement, resident_bytes: float = math.inf) -> None:
-        """Read the weights of a GGUF file, `resident_bytes` of them to stay (see `Weights`).
+    def __init__(self, gguf: GgufFile, place: Placement, n_resident: int | None = None, resident_head: bool = True) -> None:
+        """Read the weights of a GGUF file; which of them stay decoded is as for `Weights`.
 
         Raises:
             UnsupportedError, GgufError: as `read_shape`, or a tensor is missing or has no place.
         """
         self.shape = read_shape(gguf)
         self.place = place
-        self.weights = Weights(gguf, self.shape, place, resident_bytes)
+        self.weights = Weights(gguf, self.shape, place, n_resident, resident_head)
         self.checkpointing = False
 
     def run(

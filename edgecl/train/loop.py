@@ -149,7 +149,7 @@ class _Run:
         longest_text = max((len(ids) for ids in texts), default=0)
         shape = read_shape(gguf)
         plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, len(self.prefix), longest_text)
-        self.decoder = Decoder(gguf, self.place, plan.resident_bytes)
+        self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
         self.decoder.checkpointing = plan.checkpointing
 
         def lora(first_layer: int) -> Lora:

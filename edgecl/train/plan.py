@@ -25,7 +25,9 @@ from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
-KERNEL_BYTES = 160_000_000  # what oneDNN and the allocator keep, measured over nights of 300 rows
+# what kernels and the allocator keep, measured over nights of 300 rows: oneDNN's for bfloat16 are compiled for each shape
+KERNEL_BYTES = {torch.bfloat16: 160_000_000, torch.float32: 60_000_000}
+DECODING_TOKENS = 90  # decoding a weight takes as long as multiplying it with so many tokens
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
 MICRO_TOKENS = 768  # of the largest part of a step: a product of more rows is no faster
 PROBED_LAYERS = 5
@@ -38,7 +40,7 @@ class Plan:
 
     Attributes:
         first_layer: the lowest layer that is trained.
-        resident_bytes: decoded weights that are kept; weight_bytes: all there are.
+        n_resident: so many layers, those nearest the head, stay decoded; resident_head: and whether the head does.
         checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
         micro_tokens: of the parts that a step is split into.
         peak_rss_bytes, seconds: what the night will take; 0 seconds: not measured yet.
@@ -46,20 +48,25 @@ class Plan:
 
     first_layer: int
     n_layer: int
-    resident_bytes: int
-    weight_bytes: int
+    n_resident: int
+    resident_head: bool
     checkpointing: bool
     micro_tokens: int
     peak_rss_bytes: int
     seconds: float = 0.0
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether nothing is decoded anew."""
+        return self.n_resident == self.n_layer and self.resident_head
+
     def __str__(self) -> str:
         """Return the plan as one line."""
-        share = self.resident_bytes / self.weight_bytes
-        weights = "resident" if share >= 1 else f"{share:.0%} resident" if share else "packed"
+        packed = f"weights of {self.n_layer - self.n_resident} layers packed"
+        weights = "weights resident" if self.is_resident else packed if self.n_resident else "weights packed"
         twice = ", layers computed twice" if self.checkpointing else ""
         return (
-            f"{self.n_layer - self.first_layer} of {self.n_layer} layers, weights {weights}, "
+            f"{self.n_layer - self.first_layer} of {self.n_layer} layers, {weights}, "
             f"parts of {self.micro_tokens} tokens{twice}: {self.seconds:.0f} s, {self.peak_rss_bytes / 1e6:.0f} MB"
         )
 
@@ -88,25 +95,24 @@ def plan_memory(
     """
     lengths = [[len(row.ids) - n_prefix for row in rows] for rows in batches]
     step, longest = max(map(sum, lengths), default=1), max(map(max, lengths), default=1)
-    first = first_trained(shape, settings.depth)
-    e = place.dtype.itemsize
-    all_weights = e * (shape.n_layer * shape.layer_weights + shape.n_vocab * shape.width)
-    before = resident_set()
+    n_predicted = n_anchor + max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
+    first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
     least = 0
     for checkpointing in (False, True):
         for parts in (1, 2, 4, 8):
             micro = max(min(MICRO_TOKENS, step) // parts, longest)
-            fixed = before + training_bytes(shape, place, settings.r, first, micro + n_prefix + n_anchor, checkpointing)
+            n_tokens = micro + n_prefix + n_anchor
+            fixed = before + training_bytes(
+                shape, place, settings.r, first, n_tokens, min(n_predicted, n_tokens), checkpointing
+            )
             least = min(least or fixed, fixed)
-            room = int(ram_bytes * (1 - SPARE)) - fixed
-            if room < 0:
+            if fixed > room:
                 continue
-            held = resident_part(shape, e, room)
-            packed = 1 - held / all_weights
-            # in units of a forward pass; decoding all weights takes as long as a forward pass of some 90 tokens
-            cost = (4 if checkpointing else 3) * step + (3 if checkpointing else 2) * packed * 90 * max(1, step / micro)
-            plans.append((cost, Plan(first, shape.n_layer, held, all_weights, checkpointing, micro, fixed + held)))
+            n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
+            held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
+            plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, fixed + held)
+            plans.append((_cost(shape, plan, step), plan))
     if not plans:
         wanted = int(least / (1 - SPARE)) + 1
         raise EdgeclError(
@@ -116,15 +122,34 @@ def plan_memory(
     return min(plans, key=lambda pair: pair[0])[1]
 
 
-def resident_part(shape: Shape, itemsize: int, room: int) -> int:
-    """Return the bytes of decoded weights that fit into `room`: the head, then whole layers."""
+def _cost(shape: Shape, plan: Plan, n_tokens: int) -> float:
+    """Return what the trained layers and decoding cost a step, in weights that a token is multiplied with."""
+    n_trained = plan.n_layer - plan.first_layer
+    passes = 3 if plan.checkpointing else 2
+    decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
+    decoded += (not plan.resident_head) * shape.n_vocab * shape.width
+    return passes * n_tokens * n_trained * shape.layer_weights + DECODING_TOKENS * decoded * max(
+        1, n_tokens / plan.micro_tokens
+    )
+
+
+def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> tuple[int, bool]:
+    """Return how many layers stay decoded in `room` bytes, and whether the head does.
+
+    Trained layers come first, which are gone through twice a step; then the head; then those that are met once a row.
+    """
     head, layer = itemsize * shape.n_vocab * shape.width, itemsize * shape.layer_weights
-    if room < head:
-        return 0
-    return head + min(shape.n_layer, (room - head) // layer) * layer
+    n_trained = shape.n_layer - first_layer
+    n = min(n_trained, room // layer)
+    room -= n * layer
+    if n < n_trained or room < head:
+        return n, False
+    return n + min(first_layer, (room - head) // layer), True
 
 
-def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, n_tokens: int, checkpointing: bool) -> int:
+def training_bytes(
+    shape: Shape, place: Placement, r: int, first_layer: int, n_tokens: int, n_predicted: int, checkpointing: bool
+) -> int:
     """Return what training holds beside resident weights: adapter, activations, scratch, the head's parts, kernels."""
     e, d = place.dtype.itemsize, shape.head_dim
     n_trained = shape.n_layer - first_layer
@@ -135,8 +160,8 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, n_t
     of_a_layer = e * n_tokens * (4 * shape.width + attention + 4 * shape.n_ff)
     kept = n_trained * e * n_tokens * shape.width + 2 * of_a_layer if checkpointing else n_trained * of_a_layer
     scratch = e * shape.layer_weights + e * HEAD_PART
-    head = n_tokens * (HEAD_PART // shape.width) * (4 + 2 * e)  # where every token is predicted
-    return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES
+    head = n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
+    return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES[place.dtype]
 
 
 @dataclass(frozen=True)
@@ -165,7 +190,7 @@ def plan_time(
         n_first: steps in which rows are met for the first time, and go through the layers below the first trained one.
     """
     probed = min(PROBED_LAYERS, plan.n_layer)
-    first = plan.n_layer - probed if plan.resident_bytes == plan.weight_bytes else 0  # of packed ones where there are any
+    first = plan.n_layer - probed if plan.is_resident else 0  # of packed ones where there are any
     lora = new_lora(first)
     parts = []
     for i, part in enumerate(micro_batches(typical.rows, len(typical.prefix), plan.micro_tokens)):

@@ -2,13 +2,12 @@
 
 Resident weights cost 2 bytes each (bfloat16). Packed ones stay in the memory-mapped file; a layer's are decoded into
 one scratch that all layers share, in the forward and again in the backward pass. Both are the same numbers: the kernels are
-ggml's, so an adapter is trained against exactly the weights that the file serves. How many bytes are resident is a matter of
-the memory at hand: the layers nearest the head come first, because those are gone through most often.
+ggml's, so an adapter is trained against exactly the weights that the file serves. How many layers are resident is the planner's
+choice: those nearest the head, because they are trained and gone through most often.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,8 +55,10 @@ def bf16_is_fast() -> bool:
 class Weights:
     """The frozen weights of a base, by layer and group of projections."""
 
-    def __init__(self, gguf: GgufFile, shape: Shape, place: Placement, resident_bytes: float = math.inf) -> None:
-        """Decode norms and biases, and of everything else what `resident_bytes` have room for.
+    def __init__(
+        self, gguf: GgufFile, shape: Shape, place: Placement, n_resident: int | None = None, resident_head: bool = True
+    ) -> None:
+        """Decode norms and biases, the `n_resident` layers nearest the head (None: all), and the head if it is to stay.
 
         Raises:
             UnsupportedError: a tensor is missing, or has no place in a model of this architecture.
@@ -73,13 +74,10 @@ class Weights:
         self._layers: dict[int, dict[str, torch.Tensor]] = {}
         self._head: torch.Tensor | None = None
         self._head_scratch: torch.Tensor | None = None
-        left = resident_bytes / place.dtype.itemsize - shape.n_vocab * shape.width
-        if left >= 0:
+        if resident_head:
             self._head = self._empty(shape.n_vocab, shape.width)
             self._decode([(self._head_name, 0, self._head)])
-        for layer in reversed(range(shape.n_layer)):
-            if (left := left - shape.layer_weights) < 0:
-                break
+        for layer in range(0 if n_resident is None else shape.n_layer - n_resident, shape.n_layer):
             self._layers[layer] = self._decode_layer(layer, self._empty_layer())
 
     def group(self, layer: int, group: str) -> torch.Tensor:
