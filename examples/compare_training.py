@@ -9,6 +9,7 @@ in the faster of bfloat16 and float32, which a few steps of each decide. Shown a
   accuracy on held-out rows beside the same night with LoRA on every layer;
 - front: the same at other depths;
 - low_memory: default in 700 MB, with packed weights, and beside it full_depth in 700 MB;
+- scaling: ten times as many rows, one epoch;
 - large: a model of 1.2 billion random weights in 2 GB, packed.
 
     python examples/compare_training.py [--data FILE.jsonl] [--out compare-out] [--json]
@@ -254,7 +255,10 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
     probes = {dtype: cells.run(f"peer-{dtype}-probe", "peer", few | {"dtype": dtype}) for dtype in ("bf16", "fp32")}
     dtype = max(probes, key=lambda name: probes[name]["tokens_per_s"])
 
-    peer, full, low, full_low = [], [], [], []
+    peer: list[dict[str, Any]] = []
+    full: list[dict[str, Any]] = []
+    low: list[dict[str, Any]] = []
+    full_low: list[dict[str, Any]] = []
     front: dict[float, list[dict[str, Any]]] = {depth: [] for depth in DEPTHS}
     for seed, request in requests.items():
         recipe = request | {"settings": asdict(replace(PEER_RECIPE, seed=seed))}
@@ -268,6 +272,10 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
         if not full_low:
             full_low.append(cells.run(f"full-low-seed{seed}", "edgecl", recipe | {"ram_bytes": LOW_MEMORY_BYTES}))
     large = large_cell(cells)
+    some, many = (
+        cells.run(f"rows{n}", "edgecl", _repeated(requests[0], n) | {"settings": asdict(replace(PEER_RECIPE, epochs=1))})
+        for n in (200, 2000)
+    )
 
     every, chosen = front[1.0], front[SHIPPED.depth]
     result: dict[str, Any] = {
@@ -282,12 +290,22 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
             "full_depth_slowdown": _ratio(full[:1], full_low, "tokens_per_s") - 1,
         },
         "large": {name: large[name] for name in ("peak_rss_bytes", "predicted_rss_bytes", "n_weights", "tokens_per_s", "plan")},
+        "scaling": {
+            "rows": [200, 2000],
+            "speed_ratio": many["tokens_per_s"] / some["tokens_per_s"],
+            "rss_ratio": many["peak_rss_bytes"] / some["peak_rss_bytes"],
+        },
         "front": [{"depth": depth} | _facts(runs) | _against(runs, every, peer) for depth, runs in front.items()],
         "loss_curves": {"peer": peer[0]["losses"], "full_depth": full[0]["losses"], "default": chosen[0]["losses"]},
         "data": data.name if data else "demo",
         "machine": {"machine": platform.machine(), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")},
     }
     return result
+
+
+def _repeated(request: dict[str, Any], n: int) -> dict[str, Any]:
+    rows = request["rows"]
+    return request | {"rows": (rows * (n // len(rows) + 1))[:n], "heldout": []}
 
 
 def large_cell(cells: Cells) -> dict[str, Any]:
@@ -373,6 +391,8 @@ def show(result: dict[str, Any]) -> None:
     large = result["large"]
     large_size = f"{large['peak_rss_bytes'] / 1e6:>5.0f} MB  {large['n_weights'] / 1e9:.2f}e9 weights"
     print(f"{'large':<12}{large['tokens_per_s']:<10.1f}{large_size}")
+    scaling = result["scaling"]
+    print(f"2,000 rows against 200: speed {scaling['speed_ratio']:.2f} times, peak RSS {scaling['rss_ratio']:.2f} times")
     print("\ndepth  night, times the peer  right   against every layer: accuracy, answer loss in nats (95% interval)")
     for row in result["front"]:
         print(
