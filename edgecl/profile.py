@@ -78,7 +78,7 @@ class TrainSettings:
 
     r: int = 8
     lora_alpha: float = 16.0
-    depth: float = 1.0
+    depth: float = 0.5
     epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8

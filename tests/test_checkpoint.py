@@ -21,7 +21,7 @@ from edgecl_convert import Adapter, GgufFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SETTINGS = TrainSettings(epochs=3, min_steps=1, learning_rate=5e-3, batch_rows=4, replay_rows=2)
+SETTINGS = TrainSettings(epochs=3, depth=1.0, min_steps=1, learning_rate=5e-3, batch_rows=4, replay_rows=2)
 ONE = Profile(threads=1)
 FACTS = Facts("base", "run")
 

@@ -23,7 +23,7 @@ import torch
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
 from tests import tiny
 
-TRAIN = "min_steps = 12\nlearning_rate = 0.02\nanchor_weight = 0.0\nr = 4\nlora_alpha = 8.0\nseed = 0\nepochs = 1\n"
+TRAIN = "min_steps = 12\ndepth = 1.0\nlearning_rate = 0.02\nanchor_weight = 0.0\nr = 4\nlora_alpha = 8.0\nepochs = 1\n"
 
 
 def run(home: Path, *args: str | Path, stdin: bytes = b"", limit_bytes: int = 0) -> tuple[int, str, str]:

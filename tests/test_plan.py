@@ -25,7 +25,7 @@ SMOLLM = Shape("llama", 49152, 576, 1536, 30, 9, 3, 64, 1e-5, 0.125, 1e5)
 LLAMA_1B = Shape("llama", 128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 0.125, 5e5)
 ROW = TrainRow(list(range(30)), [False] * 20 + [True] * 10)
 STEPS = [[ROW] * 8] * 12
-TRAIN = TrainSettings()
+TRAIN = TrainSettings(depth=1.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,7 +115,7 @@ def rows(n: int) -> list[TrainRow]:
 
 def test_a_night_short_of_time_trains_fewer_layers(base, monkeypatch):
     monkeypatch.setattr(plan, "_seconds", lambda work: work() or 1.0)  # every piece of work takes a second
-    settings = TrainSettings(epochs=1, min_steps=1, anchor_weight=0.0)
+    settings = TrainSettings(depth=1.0, epochs=1, min_steps=1, anchor_weight=0.0)
     depths = {}
     for minutes in (100, 1.7, 0.001):
         adapter, report = train(base, rows(16), [], settings, Profile(threads=1, minutes=minutes))
@@ -127,7 +127,7 @@ def test_a_night_short_of_time_trains_fewer_layers(base, monkeypatch):
 
 
 def test_the_report_shows_what_was_expected_beside_what_was(base):
-    _, report = train(base, rows(16), [], TrainSettings(epochs=2, min_steps=1), Profile(threads=1), Night())
+    _, report = train(base, rows(16), [], TrainSettings(depth=1.0, epochs=2, min_steps=1), Profile(threads=1), Night())
     assert report.predicted_s > 0 and report.train_s > 0 and report.predicted_rss_bytes > 1e8
     assert f"{report.predicted_rss_bytes / 1e6:.0f} MB" in report.plan
 
@@ -136,7 +136,7 @@ def test_a_row_that_no_context_holds_is_left_out_and_counted(base):
     long = TrainRow(random_tokens(90, 7), [False] * 10 + [True] * 80)
     cut = TrainRow(random_tokens(90, 8), [False] * 85 + [True] * 5)
     silent = TrainRow(random_tokens(9, 9), [False] * 9)
-    settings = TrainSettings(epochs=1, min_steps=1, anchor_weight=0.0)
+    settings = TrainSettings(depth=1.0, epochs=1, min_steps=1, anchor_weight=0.0)
     _, report = train(base, [*rows(3), long, cut, silent], [], settings, Profile(threads=1, n_ctx=64))
     assert (report.n_left_out, report.n_cut, report.steps) == (2, 1, 1)
     assert report.tokens == 3 * 20 + 64

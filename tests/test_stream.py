@@ -14,7 +14,7 @@ from edgecl.profile import TrainSettings
 from edgecl.stream import Cell, Stream, run_stream
 from tests import tiny
 
-TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=10, learning_rate=0.02, anchor_weight=0.0)
+TRAIN = TrainSettings(r=4, lora_alpha=8.0, depth=1.0, epochs=1, min_steps=10, learning_rate=0.02, anchor_weight=0.0)
 WORDS = {"left": ("anne", "the inn", "a hen"), "right": ("then", "an ant", "in tea")}
 
 

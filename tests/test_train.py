@@ -21,7 +21,7 @@ from edgecl.train.weights import Placement
 from edgecl_convert import GgufFile
 from edgecl_convert.names import module_of
 
-FAST = TrainSettings(r=8, lora_alpha=16.0, epochs=20, min_steps=1, anchor_weight=0.0, learning_rate=5e-3)
+FAST = TrainSettings(r=8, lora_alpha=16.0, epochs=20, depth=1.0, min_steps=1, anchor_weight=0.0, learning_rate=5e-3)
 PREFIX = random_tokens(20, seed=100)  # longer than gemma3's window
 BOUND = 1e-5  # relative error of a float32 gradient
 CPU32 = Placement(torch.device("cpu"), torch.float32)

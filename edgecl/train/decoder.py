@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from edgecl_convert import GgufFile
 
 from .lora import Lora
-from .ops import Attend, Gate, Project, RmsNorm, Rotate, Span
+from .ops import Attend, Project, RmsNorm, Rotate, Span
 from .shape import read_shape
 from .weights import Placement, Weights
 
@@ -83,10 +83,10 @@ class Decoder:
             factors = self.weights.norm(layer, name)
             return values if factors is None else RmsNorm.apply(values, factors, shape.norm_eps)
 
-        def project(values: torch.Tensor, group: str) -> torch.Tensor:
+        def project(values: torch.Tensor, group: str, gelu: bool | None = None) -> torch.Tensor:
             held = None if lora is None else lora.groups.get((layer, group))
             flat = lora.flat if lora is not None and layer >= lora.first_layer else None  # no graph below the first
-            return Project.apply(values, flat, self.weights, layer, group, held)
+            return Project.apply(values, flat, self.weights, layer, group, held, gelu)
 
         is_near = shape.looks_back_over_a_window(layer)
         turns = where.window_turns if is_near and where.window_turns else where.turns
@@ -98,8 +98,7 @@ class Decoder:
             x, seen = x.index_select(0, only), seen.index_select(0, only)
         out = project(seen, "out")
         x = x + (norm(out, "post_attention_norm") if shape.is_gemma else out)
-        gated = Gate.apply(project(norm(x, "ffn_norm"), "gate_up"), shape.is_gemma)
-        down = project(gated, "down")
+        down = project(project(norm(x, "ffn_norm"), "gate_up"), "down", shape.is_gemma)
         return x + (norm(down, "post_ffw_norm") if shape.is_gemma else down)
 
     def turns(self, positions: torch.Tensor, theta: float, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,12 +26,12 @@ from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
 # what kernels and the allocator keep, measured over nights of 300 rows: oneDNN's for bfloat16 are compiled for each shape
-KERNEL_BYTES = {torch.bfloat16: 160_000_000, torch.float32: 60_000_000}
+KERNEL_BYTES = {torch.bfloat16: 160_000_000, torch.float32: 100_000_000}
 DECODING_TOKENS = 90  # decoding a weight takes as long as multiplying it with so many tokens
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
 MICRO_TOKENS = 768  # of the largest part of a step: a product of more rows is no faster
 PROBED_LAYERS = 5
-SPARE = 0.05  # of the memory at hand
+SPARE = 0.08  # of the memory at hand
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,9 @@ def training_bytes(
         n_trained * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
     )
     attention = (2 * shape.n_head + shape.n_kv) * d + (shape.n_head + 2 * shape.n_kv) * d + 2 * SPAN_TOKENS * shape.n_head
-    of_a_layer = e * n_tokens * (4 * shape.width + attention + 4 * shape.n_ff)
-    kept = n_trained * e * n_tokens * shape.width + 2 * of_a_layer if checkpointing else n_trained * of_a_layer
+    of_a_layer = e * n_tokens * (4 * shape.width + attention + 2 * shape.n_ff)
+    at_work = e * n_tokens * 7 * shape.n_ff  # in a backward pass
+    kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
     return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES[place.dtype]

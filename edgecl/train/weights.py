@@ -20,7 +20,7 @@ from edgecl_convert.names import from_gguf_rows, head_counts, n_heads_permuted
 
 from .shape import GROUPS, Shape
 
-HEAD_PART = 1 << 23  # weights of the head that are multiplied at once
+HEAD_PART = 1 << 22  # weights of the head that are multiplied at once
 
 _NORMS = ("attn_norm", "ffn_norm")
 _QK_NORMS = ("attn_q_norm", "attn_k_norm")
