@@ -57,6 +57,16 @@ def test_epoch_replays_every_row_equally_often():
     assert [seen[1000 + i] for i in range(5)] == [3] * 5
 
 
+def test_batches_hold_about_as_many_tokens_each():
+    lengths = np.random.default_rng(0).integers(10, 60, 300)
+    new = [TrainRow([i] * int(n), [False] * (int(n) - 1) + [True]) for i, n in enumerate(lengths)]
+    replay = [TrainRow([1000 + i] * (10 + i), [False] * (9 + i) + [True]) for i in range(30)]
+    batches = epoch(new, replay, 8, 3, np.random.default_rng(0))
+    sizes = [sum(len(row.ids) for row in batch) for batch in batches]
+    assert max(sizes) - min(sizes) <= 20  # at random: about 200
+    assert {len(batch) for batch in batches} <= {10, 11}
+
+
 def test_epoch_is_shuffled_by_its_generator():
     new = numbered(64)
     one, again, other = (epoch(new, [], 8, 0, np.random.default_rng(seed)) for seed in (1, 1, 2))

@@ -50,6 +50,7 @@ def make_row(seed: int, n_prompt: int, n_answer: int, prefix=PREFIX) -> TrainRow
 
 
 ROWS = [make_row(i, 3 + 5 * i, 2 + i % 3) for i in range(6)]  # up to 52 tokens
+LONG = make_row(9, 95, 3)  # attends in a line of its own
 CHATTY = replace(ROWS[5], supervised=[20 < t < 25 or t > 40 for t in range(len(ROWS[5].ids))])  # two answers in one row
 
 
@@ -114,7 +115,7 @@ def reference_gradients(written, base, adapter, rows, anchor, weight):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_gradients_equal_plain_autograd(models, architecture, mode, first_layer):
     base, written = models(architecture)
-    rows, anchor = [*ROWS[:5], CHATTY], ANCHORS[0]
+    rows, anchor = [LONG, *ROWS[:5], CHATTY], ANCHORS[0]
     assert max(len(row.ids) for row in rows) > 2 * WINDOW
     adapter = random_adapter(base, size=0.2)
     wanted_loss, wanted = reference_gradients(written, base, adapter, rows, anchor, 0.5)
@@ -125,7 +126,7 @@ def test_gradients_equal_plain_autograd(models, architecture, mode, first_layer)
     lora = warm(base, decoder, adapter, first_layer=first_layer)
     prefix = shared_prefix(rows)
     assert len(prefix) == len(PREFIX)
-    loss = loop.backward(decoder, lora, prefix, rows, held, 0.5, 64)  # 64 tokens: several parts
+    loss = loop.backward(decoder, lora, prefix, rows, held, 0.5, 160)  # 160 tokens: two parts, long and short rows in one
 
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert len(lora.names) == 7 * (decoder.shape.n_layer - first_layer)
@@ -143,8 +144,8 @@ def test_batch_behind_a_prefix_equals_row_by_row(models, architecture):
     base, _ = models(architecture)
     decoder = Decoder(base, CPU32)
     with torch.no_grad():
-        batch, _ = losses(decoder, None, PREFIX, ROWS, None)
-        rows = [losses(decoder, None, [], [row], None)[0].item() for row in ROWS]
+        batch, _ = losses(decoder, None, PREFIX, [*ROWS, LONG], None)
+        rows = [losses(decoder, None, [], [row], None)[0].item() for row in [*ROWS, LONG]]
         held = replace(anchors(decoder, [ANCHORS[1]])[0], ids=ANCHORS[0])  # another text's: the base itself diverges
         _, beside = losses(decoder, None, PREFIX, ROWS, held)
         _, alone = losses(decoder, None, [], [ROWS[0]], held)

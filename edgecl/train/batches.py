@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,15 +51,29 @@ def epoch(
 ) -> list[list[TrainRow]]:
     """Return one epoch over `new`, in batches of `batch_rows` with `replay_rows` more from the buffer in each.
 
-    The buffer is walked in a shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
+    Batches hold about as many tokens each: few shapes of products, none of which is much larger than the others. The buffer
+    is walked in a shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
     """
-    order = [new[i] for i in rng.permutation(len(new))]
-    batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
+    n_batches = -(-len(new) // batch_rows)
     share = min(replay_rows, len(replay))
     walk: list[TrainRow] = []
-    while share and len(walk) < share * len(batches):
+    while share and len(walk) < share * n_batches:
         walk += [replay[i] for i in rng.permutation(len(replay))]
-    return [batch + walk[i * share : (i + 1) * share] for i, batch in enumerate(batches)]
+    batches: list[list[TrainRow]] = [[] for _ in range(n_batches)]
+    _deal([new[i] for i in rng.permutation(len(new))], batches, batch_rows)
+    _deal(walk[: share * n_batches], batches, share)
+    return [batches[i] for i in rng.permutation(n_batches)]
+
+
+def _deal(rows: Sequence[TrainRow], batches: list[list[TrainRow]], n_each: int) -> None:
+    """Add at most `n_each` rows to each batch: the longest first, each to the batch with the fewest tokens."""
+    smallest = [(sum(len(row.ids) for row in batch), i, n_each) for i, batch in enumerate(batches)]
+    heapq.heapify(smallest)
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        n_tokens, i, room = heapq.heappop(smallest)
+        batches[i].append(row)
+        if room > 1:
+            heapq.heappush(smallest, (n_tokens + len(row.ids), i, room - 1))
 
 
 def micro_batches(rows: Sequence[TrainRow], n_prefix: int, max_tokens: int) -> list[list[TrainRow]]:

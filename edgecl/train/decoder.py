@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +11,14 @@ from torch.autograd.function import once_differentiable
 from edgecl_convert import GgufFile
 
 from .lora import Lora
-from .ops import Attend, Project, RmsNorm, Rotate, Span
+from .ops import Attend, Lines, Project, RmsNorm
 from .shape import read_shape
 from .weights import Placement, Weights
 
 
 @dataclass(frozen=True)
 class Sequenced:
-    """Where the tokens of a packed sequence stand: angles (T, head_dim / 2) as cosine and sine, and what sees what.
+    """Where the tokens of a packed sequence stand: angles (T, 1, head_dim / 2) as cosine and sine, and what sees what.
 
     Attributes:
         window_turns: the angles of layers that look back over a window, or None.
@@ -27,7 +26,7 @@ class Sequenced:
 
     turns: tuple[torch.Tensor, torch.Tensor]
     window_turns: tuple[torch.Tensor, torch.Tensor] | None
-    spans: Sequence[Span]
+    lines: Lines
 
 
 class Decoder:
@@ -77,7 +76,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Return the hidden states (T, D) after one layer, or those of some tokens."""
         shape = self.shape
-        d, n_q, n_qk = shape.head_dim, shape.n_head, shape.n_head + shape.n_kv
+        heads = [shape.n_head, shape.n_kv, shape.n_kv]
 
         def norm(values: torch.Tensor, name: str) -> torch.Tensor:
             factors = self.weights.norm(layer, name)
@@ -90,10 +89,11 @@ class Decoder:
 
         is_near = shape.looks_back_over_a_window(layer)
         turns = where.window_turns if is_near and where.window_turns else where.turns
-        qkv = project(norm(x, "attn_norm"), "qkv").view(len(x), n_qk + shape.n_kv, d)
-        q, k, v = qkv.split([n_q, shape.n_kv, shape.n_kv], 1)
-        q, k = Rotate.apply(norm(q, "attn_q_norm"), *turns), Rotate.apply(norm(k, "attn_k_norm"), *turns)
-        seen = Attend.apply(q, k, v.transpose(0, 1), where.spans, is_near, shape.score_scale)
+        qkv = project(norm(x, "attn_norm"), "qkv").view(len(x), sum(heads), shape.head_dim)
+        if shape.norms_heads:
+            q, k, v = qkv.split(heads, 1)
+            qkv = torch.cat([norm(q, "attn_q_norm"), norm(k, "attn_k_norm"), v], 1)
+        seen = Attend.apply(qkv, *turns, where.lines, shape.n_kv, is_near, shape.score_scale)
         if only is not None:
             x, seen = x.index_select(0, only), seen.index_select(0, only)
         out = project(seen, "out")
@@ -102,12 +102,12 @@ class Decoder:
         return x + (norm(down, "post_ffw_norm") if shape.is_gemma else down)
 
     def turns(self, positions: torch.Tensor, theta: float, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines (T, head_dim / 2) of the rotary angles at positions (T,)."""
+        """Return cosines and sines (T, 1, head_dim / 2) of the rotary angles at positions (T,)."""
         steps = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequencies = theta ** -(steps / self.shape.head_dim)
         if factors is not None:
             frequencies = frequencies / factors
-        angles = positions[:, None].float() * frequencies
+        angles = positions[:, None, None].float() * frequencies
         return angles.cos().to(self.place.dtype), angles.sin().to(self.place.dtype)
 
 

@@ -36,6 +36,9 @@ from .schedule import learning_rate
 from .shape import read_shape
 from .weights import placement
 
+ANCHOR_EVERY = 2  # steps; it then weighs as much more
+AHEAD = 4  # steps, whose rows go through the layers that are not trained together
+
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
 
 
@@ -143,7 +146,8 @@ class _Run:
         self.batches = self._batches()
         self.prefix = shared_prefix([*self.new, *self.replay])
         self.place = placement()
-        texts = list(night.anchor)[: len(self.batches)] if settings.anchor_weight else []
+        n_held = math.ceil(len(self.batches) / ANCHOR_EVERY)
+        texts = list(night.anchor)[:n_held] if settings.anchor_weight else []
         found = read_checkpoint(night.checkpoint, self._facts()) if night.checkpoint else None
 
         longest_text = max((len(ids) for ids in texts), default=0)
@@ -214,7 +218,7 @@ class _Run:
             lora,
             self.settings.depth,
             60 * self.limits.minutes,
-            Typical(by_size[len(by_size) // 2], self.prefix, self.night.anchor[0] if has_anchor else None),
+            Typical(by_size[len(by_size) // 2], self.prefix, self.night.anchor[0][::ANCHOR_EVERY] if has_anchor else None),
             len(self.batches),
             n_first,
         )
@@ -291,11 +295,12 @@ class _Run:
         settings, flat = self.settings, self.lora.flat
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, len(self.batches))
-        held = self.anchors[step % len(self.anchors)] if self.anchors else None
-        rows = self.batches[step]
-        value = backward(
-            self.decoder, self.lora, self.prefix, rows, held, settings.anchor_weight, self.plan.micro_tokens, self.latents
-        )
+        turn, rest = divmod(step, ANCHOR_EVERY)
+        held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
+        rows, weight = self.batches[step], settings.anchor_weight * ANCHOR_EVERY
+        if step % AHEAD == 0 or step == self.report.resumed_at:
+            self._look_ahead(step - step % AHEAD)
+        value = backward(self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents)
         norm = float(nn.utils.clip_grad_norm_([flat], settings.max_grad_norm))
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise Diverged(
@@ -310,6 +315,14 @@ class _Run:
             self.averaged.lerp_(flat.detach(), 1 - decay)
         self.lora.refresh()
         return value
+
+    def _look_ahead(self, step: int) -> None:
+        """Have the states of the next steps' rows computed, in products of more rows than a step has."""
+        if self.latents is None:
+            return
+        rows = [row for batch in self.batches[step : step + AHEAD] for row in batch]
+        for part in micro_batches(rows, len(self.prefix), (AHEAD - 1) * self.plan.micro_tokens):
+            self.latents.states(self.prefix, [row.ids[len(self.prefix) :] for row in part])
 
     def _is_getting_worse(self) -> bool:
         """Measure the held-out rows where it is time to; return whether the best is `patience` measurements old."""

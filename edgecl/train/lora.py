@@ -46,9 +46,9 @@ class LoraGroup:
                 place.copy_(block)
 
     def add_gradients(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add gradients of the shapes of `a` and `b`, both for a scaling of 1."""
+        """Add gradients: `a` of the shape of `a`, `b` of that of the transpose of `b`, both for a scaling of 1."""
         self.a_grad.add_(a, alpha=self.scaling)
-        for grad, part in zip(self.b_grads, self._diagonal(b), strict=True):
+        for grad, part in zip(self.b_grads, self._diagonal(b.T), strict=True):
             grad.add_(part, alpha=self.scaling)
 
     def _diagonal(self, b: torch.Tensor) -> list[torch.Tensor]:

@@ -59,10 +59,8 @@ class Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Add the gradients of A and B to their buffers; return that of x."""
-        x, low = ctx.saved_tensors
-        gate_up = x
-        if ctx.gelu is not None:
-            x = gated(gate_up, ctx.gelu)
+        kept, low = ctx.saved_tensors
+        x = kept if ctx.gelu is None else gated(kept, ctx.gelu)
         lora: LoraGroup | None = ctx.lora
         dx = None
         if ctx.needs_input_grad[0]:
@@ -71,9 +69,9 @@ class Project(torch.autograd.Function):
             dlow = dy @ lora.b
             if dx is not None:
                 dx.addmm_(dlow, lora.a, alpha=lora.scaling)
-            lora.add_gradients(dlow.T @ x, dy.T @ low)
+            lora.add_gradients(dlow.T @ x, low.T @ dy)
         if dx is not None and ctx.gelu is not None:
-            dx = _gated_backward(gate_up, dx, ctx.gelu)
+            dx = _gated_backward(kept, dx, ctx.gelu)
         return dx, None, None, None, None, None, None
 
 
@@ -120,114 +118,139 @@ def _gated_backward(gate_up: torch.Tensor, dy: torch.Tensor, is_gelu: bool) -> t
     return out
 
 
-class Rotate(torch.autograd.Function):
-    """Rotary positions: (T, H, d) in, (H, T, d) out, so that attention's products need no copy."""
-
-    @staticmethod
-    def forward(ctx: Context, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn pairs (i, i + d/2) by the angles whose cosines and sines are (T, d/2)."""
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x.transpose(0, 1), cos, sin, x.new_empty(x.shape[1], x.shape[0], x.shape[2]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Turn back."""
-        cos, sin = ctx.saved_tensors
-        out = dy.new_empty(dy.shape[1], dy.shape[0], dy.shape[2])
-        _rotate(dy, cos, -sin, out.transpose(0, 1))
-        return out, None, None
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    (x1, x2), (y1, y2) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(x1, cos, out=y1)
-    y1.addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y2)
-    y2.addcmul_(x1, sin)
-    return out
-
-
-class Span(NamedTuple):
-    """Neighbouring tokens first ... last - 1, and what they look at: tokens seen_from ... last - 1, and a prefix.
+class Bucket(NamedTuple):
+    """Rows of about the same length, side by side: lines of slots, in each of which whole rows stand.
 
     Attributes:
-        n_prefix: tokens of the prefix, where `seen_from` is behind it, else 0.
-        bias: (H / K * n, seen), 0 where a token is seen and -inf where not; near: the same within a window, or None.
+        first: its first slot; n_lines, width: so many lines S of so many slots n.
+        bias: (S K, H / K n, P + n), 0 where a slot sees a token of the prefix or a slot, and -inf where not.
+        near: the same within a window, or None.
     """
 
     first: int
-    last: int
-    seen_from: int
-    n_prefix: int
+    n_lines: int
+    width: int
     bias: torch.Tensor
     near: torch.Tensor | None
 
 
+class Lines(NamedTuple):
+    """How the T tokens of a packed sequence stand in N slots while they attend.
+
+    Attributes:
+        token: (N,) the token of each slot, any where it is empty; slot: (T,) the slot of each token.
+        n_prefix: the first P tokens, which stand in slots of their own and in front of every line.
+    """
+
+    token: torch.Tensor
+    slot: torch.Tensor
+    n_prefix: int
+    buckets: Sequence[Bucket]
+
+
 class Attend(torch.autograd.Function):
-    """Softmax attention span by span: two batched products and a softmax each.
+    """Rotary positions and softmax attention, with all lines of a bucket in one batched product.
 
     torch's flash kernel spends a third of a training step in its backward pass on a CPU when rows are a few dozen tokens
-    long, and one product over a whole batch computes mostly scores that are masked.
+    long, one product over a whole batch computes mostly scores that are masked, and one a row is mostly overhead.
     """
 
     @staticmethod
     def forward(
         ctx: Context,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        spans: Sequence[Span],
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        lines: Lines,
+        n_kv: int,
         is_near: bool,
         scale: float,
     ) -> torch.Tensor:
-        """Return (T, H d) for q (H, T, d), k and v (K, T, d); H is a multiple of K."""
-        heads, length, width = q.shape
-        n_kv = len(k)
-        out = q.new_empty(length, heads, width)
-        shares = []
-        for span in spans:
-            rows, keys, values = _queries(q, span, n_kv), _seen(k, span), _seen(v, span)
-            bias = span.near if is_near and span.near is not None else span.bias
-            scores = torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=scale)
-            share = torch.softmax(scores, -1)
-            mixed = torch.bmm(share, values).view(heads, span.last - span.first, width)
-            out[span.first : span.last] = mixed.transpose(0, 1)
-            shares.append(share)
-        ctx.save_for_backward(q, k, v, *shares)
-        ctx.spans, ctx.scale = spans, scale
-        return out.view(length, heads * width)
+        """Return (T, H d) for queries, keys and values (T, H + 2 K, d); H is a multiple of K.
+
+        Args:
+            cos, sin: (T, 1, d / 2), of the angles by which the pairs (i, i + d / 2) of queries and keys are turned.
+        """
+        d, n_qk = qkv.shape[2], qkv.shape[1] - n_kv
+        n_head = n_qk - n_kv
+        turned = torch.empty_like(qkv)
+        _rotate(qkv[:, :n_qk], cos, sin, turned[:, :n_qk])
+        turned[:, n_qk:] = qkv[:, n_qk:]
+        prefix, slots = turned[: lines.n_prefix], turned.index_select(0, lines.token)
+        out = qkv.new_empty(len(slots), n_head, d)
+        kept: list[torch.Tensor] = []
+        for bucket in lines.buckets:
+            q, k, v = (_by_head(part, bucket, n_kv) for part in (slots[:, :n_head], slots[:, n_head:n_qk], slots[:, n_qk:]))
+            if lines.n_prefix:
+                k, v = _behind(prefix[:, n_head:n_qk], k), _behind(prefix[:, n_qk:], v)
+            bias = bucket.near if is_near and bucket.near is not None else bucket.bias
+            share = torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), -1)
+            _to_slots(torch.bmm(share, v), bucket, out)
+            kept += [q, k, v, share]
+        ctx.save_for_backward(cos, sin, *kept)
+        ctx.lines, ctx.n_kv, ctx.scale = lines, n_kv, scale
+        return out.index_select(0, lines.slot).view(len(qkv), n_head * d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of q, k and v."""
-        q, k, v, *shares = ctx.saved_tensors
-        (heads, length, width), n_kv = q.shape, len(k)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dy = dy.view(length, heads, width).transpose(0, 1)  # (H, T, d)
-        for span, share in zip(ctx.spans, shares, strict=True):
-            rows, keys, values, d_out = _queries(q, span, n_kv), _seen(k, span), _seen(v, span), _queries(dy, span, n_kv)
-            d_share = torch.bmm(d_out, values.transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_share, share, -1, share.dtype)
-            _add_seen(dv, torch.bmm(share.transpose(1, 2), d_out), span)
-            _add_seen(dk, torch.bmm(d_scores.transpose(1, 2), rows).mul_(ctx.scale), span)
-            part = torch.bmm(d_scores, keys).mul_(ctx.scale)
-            dq[:, span.first : span.last] = part.view(heads, span.last - span.first, width)
-        return dq, dk, dv, None, None, None
+        """Return the gradient of qkv."""
+        cos, sin, *kept = ctx.saved_tensors
+        lines, n_kv, n_prefix, d = ctx.lines, ctx.n_kv, ctx.lines.n_prefix, kept[0].shape[-1]
+        dy = dy.view(len(dy), -1, d)
+        n_head, n_qk = dy.shape[1], dy.shape[1] + n_kv
+        d_out = dy.new_zeros(len(lines.token), n_head, d).index_copy_(0, lines.slot, dy)  # nothing from empty slots
+        slots = dy.new_empty(len(d_out), n_qk + n_kv, d)
+        d_prefix = dy.new_zeros(n_prefix, n_qk + n_kv, d)
+        for i, bucket in enumerate(lines.buckets):
+            q, k, v, share = kept[4 * i : 4 * i + 4]
+            d_mixed = _by_head(d_out, bucket, n_kv)
+            d_share = torch.bmm(d_mixed, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_share, share, -1, share.dtype).mul_(ctx.scale)
+            dk, dv = torch.bmm(d_scores.transpose(1, 2), q), torch.bmm(share.transpose(1, 2), d_mixed)
+            if n_prefix:
+                d_prefix[:, n_head:n_qk] += _of_prefix(dk, n_prefix, n_kv)
+                d_prefix[:, n_qk:] += _of_prefix(dv, n_prefix, n_kv)
+                dk, dv = dk[:, n_prefix:], dv[:, n_prefix:]
+            _to_slots(torch.bmm(d_scores, k), bucket, slots[:, :n_head])
+            _to_slots(dk, bucket, slots[:, n_head:n_qk])
+            _to_slots(dv, bucket, slots[:, n_qk:])
+        turned = slots.index_select(0, lines.slot)
+        turned[:n_prefix] += d_prefix
+        out = torch.empty_like(turned)
+        _rotate(turned[:, :n_qk], cos, -sin, out[:, :n_qk])
+        out[:, n_qk:] = turned[:, n_qk:]
+        return out, None, None, None, None, None, None
 
 
-def _queries(q: torch.Tensor, span: Span, n_kv: int) -> torch.Tensor:
-    """Return a span's rows of (H, T, d) as (K, H / K * n, d)."""
-    return q[:, span.first : span.last].reshape(n_kv, -1, q.shape[-1])
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+    (x1, x2), (y1, y2) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(x1, cos, out=y1)
+    y1.addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2)
+    y2.addcmul_(x1, sin)
 
 
-def _seen(k: torch.Tensor, span: Span) -> torch.Tensor:
-    """Return the rows (K, seen, d) that a span sees."""
-    own = k[:, span.seen_from : span.last]
-    return torch.cat([k[:, : span.n_prefix], own], 1) if span.n_prefix else own
+def _by_head(slots: torch.Tensor, bucket: Bucket, n_kv: int) -> torch.Tensor:
+    """Return a bucket's part of (N, heads, d) as (S K, heads / K n, d)."""
+    part = slots[bucket.first : bucket.first + bucket.n_lines * bucket.width]
+    by_line = part.view(bucket.n_lines, bucket.width, *part.shape[1:]).transpose(1, 2)
+    return by_line.reshape(bucket.n_lines * n_kv, -1, part.shape[2])
 
 
-def _add_seen(dk: torch.Tensor, part: torch.Tensor, span: Span) -> None:
-    dk[:, : span.n_prefix] += part[:, : span.n_prefix]
-    dk[:, span.seen_from : span.last] += part[:, span.n_prefix :]
+def _to_slots(by_head: torch.Tensor, bucket: Bucket, slots: torch.Tensor) -> None:
+    """Put (S K, heads / K n, d) into a bucket's part of (N, heads, d)."""
+    n, width, (_, heads, d) = bucket.n_lines, bucket.width, slots.shape
+    part = slots[bucket.first : bucket.first + n * width].view(n, width, heads, d)
+    part.copy_(by_head.reshape(n, heads, width, d).transpose(1, 2))
+
+
+def _behind(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return the prefix (P, K, d) in front of each line's keys or values (S K, n, d)."""
+    n_lines = len(own) // prefix.shape[1]
+    return torch.cat([prefix.transpose(0, 1).repeat(n_lines, 1, 1), own], 1)
+
+
+def _of_prefix(dk: torch.Tensor, n_prefix: int, n_kv: int) -> torch.Tensor:
+    """Return what all lines send back to the prefix, (P, K, d), from (S K, P + n, d)."""
+    return dk[:, :n_prefix].reshape(-1, n_kv, n_prefix, dk.shape[2]).sum(0).transpose(0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -20,14 +21,14 @@ from .batches import TrainRow, micro_batches
 from .decoder import Decoder
 from .lora import Lora
 from .losses import NO_TOKEN, log_sum
-from .packing import SPAN_TOKENS, pack
+from .packing import line_sizes, pack
 from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
 # what kernels and the allocator keep, measured over nights of 300 rows: oneDNN's for bfloat16 are compiled for each shape
 KERNEL_BYTES = {torch.bfloat16: 160_000_000, torch.float32: 100_000_000}
-DECODING_TOKENS = 90  # decoding a weight takes as long as multiplying it with so many tokens
+DECODING_TOKENS = {torch.bfloat16: 250, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
 MICRO_TOKENS = 768  # of the largest part of a step: a product of more rows is no faster
 PROBED_LAYERS = 5
@@ -93,8 +94,11 @@ def plan_memory(
     Raises:
         EdgeclError: none fits; says how much would.
     """
-    lengths = [[len(row.ids) - n_prefix for row in rows] for rows in batches]
-    step, longest = max(map(sum, lengths), default=1), max(map(max, lengths), default=1)
+    lengths = [[len(row.ids) - n_prefix for row in rows] for rows in batches] or [[1]]
+    step, longest = max(map(sum, lengths)), max(map(max, lengths))
+    lines = [line_sizes([*row, n_prefix, n_anchor]) for row in lengths]
+    slots = max(sum(n * width for n, width in sizes) for sizes in lines)
+    seen = max(sum(n * width * (width + n_prefix) for n, width in sizes) for sizes in lines)
     n_predicted = n_anchor + max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
     first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
@@ -103,16 +107,15 @@ def plan_memory(
         for parts in (1, 2, 4, 8):
             micro = max(min(MICRO_TOKENS, step) // parts, longest)
             n_tokens = micro + n_prefix + n_anchor
-            fixed = before + training_bytes(
-                shape, place, settings.r, first, n_tokens, min(n_predicted, n_tokens), checkpointing
-            )
+            sizes = Sizes(n_tokens, slots // parts, max(seen // parts, longest * longest), min(n_predicted, n_tokens))
+            fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing)
             least = min(least or fixed, fixed)
             if fixed > room:
                 continue
             n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
             held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
             plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, fixed + held)
-            plans.append((_cost(shape, plan, step), plan))
+            plans.append((_cost(shape, plan, step, DECODING_TOKENS[place.dtype]), plan))
     if not plans:
         wanted = int(least / (1 - SPARE)) + 1
         raise EdgeclError(
@@ -122,15 +125,13 @@ def plan_memory(
     return min(plans, key=lambda pair: pair[0])[1]
 
 
-def _cost(shape: Shape, plan: Plan, n_tokens: int) -> float:
+def _cost(shape: Shape, plan: Plan, n_tokens: int, decoding: int) -> float:
     """Return what the trained layers and decoding cost a step, in weights that a token is multiplied with."""
     n_trained = plan.n_layer - plan.first_layer
     passes = 3 if plan.checkpointing else 2
     decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
     decoded += (not plan.resident_head) * shape.n_vocab * shape.width
-    return passes * n_tokens * n_trained * shape.layer_weights + DECODING_TOKENS * decoded * max(
-        1, n_tokens / plan.micro_tokens
-    )
+    return passes * n_tokens * n_trained * shape.layer_weights + decoding * decoded * max(1, n_tokens / plan.micro_tokens)
 
 
 def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> tuple[int, bool]:
@@ -147,21 +148,28 @@ def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> t
     return n + min(first_layer, (room - head) // layer), True
 
 
-def training_bytes(
-    shape: Shape, place: Placement, r: int, first_layer: int, n_tokens: int, n_predicted: int, checkpointing: bool
-) -> int:
+class Sizes(NamedTuple):
+    """Of the largest part of a step: tokens, slots in which they attend, pairs of those, and tokens that are predicted."""
+
+    n_tokens: int
+    n_slots: int
+    n_pairs: int
+    n_predicted: int
+
+
+def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, sizes: Sizes, checkpointing: bool) -> int:
     """Return what training holds beside resident weights: adapter, activations, scratch, the head's parts, kernels."""
-    e, d = place.dtype.itemsize, shape.head_dim
+    e, d, n_tokens = place.dtype.itemsize, shape.head_dim, sizes.n_tokens
     n_trained = shape.n_layer - first_layer
     n_adapter = (
         n_trained * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
     )
-    attention = (2 * shape.n_head + shape.n_kv) * d + (shape.n_head + 2 * shape.n_kv) * d + 2 * SPAN_TOKENS * shape.n_head
-    of_a_layer = e * n_tokens * (4 * shape.width + attention + 2 * shape.n_ff)
+    attention = sizes.n_slots * (shape.n_head + 2 * shape.n_kv) * d + sizes.n_pairs * shape.n_head
+    of_a_layer = e * (n_tokens * (4 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention)
     at_work = e * n_tokens * 7 * shape.n_ff  # in a backward pass
     kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
-    head = n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
+    head = sizes.n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
     return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES[place.dtype]
 
 

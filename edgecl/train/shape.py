@@ -62,6 +62,11 @@ class Shape:
         """Whether embeddings are scaled, the gate is a GELU, and each half of a layer ends with a norm."""
         return self.architecture == "gemma3"
 
+    @property
+    def norms_heads(self) -> bool:
+        """Whether queries and keys are normed, head by head."""
+        return self.architecture in ("qwen3", "gemma3")
+
     def looks_back_over_a_window(self, layer: int) -> bool:
         """Return whether a layer sees only the last `window` tokens."""
         return bool(self.window) and not (self.n_period and layer % self.n_period == self.n_period - 1)

@@ -182,7 +182,7 @@ class Weights:
 def _check_tensors(gguf: GgufFile, shape: Shape) -> None:
     projections = [name for names in GROUPS.values() for name in names]
     norms = [*_NORMS]
-    if shape.architecture in ("qwen3", "gemma3"):
+    if shape.norms_heads:
         norms += _QK_NORMS
     if shape.is_gemma:
         norms += _POST_NORMS
