@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from edgecl_convert import Adapter, GgufFile
 from edgecl_convert.ggml import default_threads
@@ -31,6 +30,7 @@ from .decoder import Decoder
 from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import Anchor, anchors, losses
+from .optimizer import AdamW
 from .plan import Plan, Typical, plan_memory, plan_time
 from .schedule import learning_rate
 from .shape import read_shape
@@ -165,9 +165,7 @@ class _Run:
             self.lora.warm_start(night.start)
         self.latents = Latents(self.decoder, self.lora, night.store) if night.store and self.plan.first_layer else None
         self.anchors = anchors(self.decoder, texts, None if self.lora.digest_below() else self.latents, night.store)
-        self.optimizer = torch.optim.AdamW(
-            [self.lora.flat], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = AdamW(self.lora.flat, settings.weight_decay, settings.max_grad_norm)
         self.averaged = self.lora.flat.detach().clone() if settings.ema_decay else None
         self.best: tuple[float, torch.Tensor] | None = None
         self.spent_s = 0.0  # before a checkpoint was gone on from
@@ -235,27 +233,24 @@ class _Run:
         return Facts(self.night.base_sha256, digest.hexdigest())
 
     def _go_on_from(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
-        flat, device = self.lora.flat, self.place.device
         with torch.no_grad():
-            flat.copy_(tensors["flat"])
+            self.lora.flat.copy_(tensors["flat"])
         self.lora.refresh()
-        self.optimizer.state[flat] = {
-            "step": torch.tensor(float(progress["steps"])),
-            "exp_avg": tensors["exp_avg"].to(device),
-            "exp_avg_sq": tensors["exp_avg_sq"].to(device),
-        }
+        self.optimizer.n_steps.fill_(progress["steps"])
+        self.optimizer.exp_avg.copy_(tensors["exp_avg"])
+        self.optimizer.exp_avg_sq.copy_(tensors["exp_avg_sq"])
         if self.averaged is not None:
             self.averaged.copy_(tensors["averaged"])
         if "best" in tensors:
-            self.best = (progress["best"], tensors["best"].to(device))
+            self.best = (progress["best"], tensors["best"].to(self.place.device))
         report = self.report
         report.steps, report.tokens, report.losses = progress["steps"], progress["tokens"], progress["losses"]
         report.heldout = {int(step): loss for step, loss in progress["heldout"].items()}
         report.resumed_at, self.spent_s = report.steps, progress["train_s"]
 
     def _save(self, path: Path, train_s: float) -> None:
-        state, report, plan = self.optimizer.state[self.lora.flat], self.report, self.plan
-        tensors = {"flat": self.lora.flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        optimizer, report, plan = self.optimizer, self.report, self.plan
+        tensors = {"flat": optimizer.flat.detach(), "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
         progress: dict[str, Any] = {name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout")}
         progress |= {"train_s": train_s, "first_layer": plan.first_layer, "micro_tokens": plan.micro_tokens}
         progress["seconds"] = plan.seconds
@@ -292,27 +287,24 @@ class _Run:
         report.tokens_per_s = report.tokens / max(report.train_s, 1e-9)
 
     def _step(self, step: int) -> float:
-        settings, flat = self.settings, self.lora.flat
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, len(self.batches))
+        settings = self.settings
         turn, rest = divmod(step, ANCHOR_EVERY)
         held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
         rows, weight = self.batches[step], settings.anchor_weight * ANCHOR_EVERY
         if step % AHEAD == 0 or step == self.report.resumed_at:
             self._look_ahead(step - step % AHEAD)
         value = backward(self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents)
-        norm = float(nn.utils.clip_grad_norm_([flat], settings.max_grad_norm))
+        norm = self.optimizer.clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise Diverged(
                 f"training loss is {value} and the norm of its gradient {norm} at step {step + 1} of {len(self.batches)} "
                 f"(rows: {', '.join(self.names[id(row)] for row in rows)}); lower train.learning_rate, which is "
                 f"{settings.learning_rate}, or remove the row that causes it"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # its views are where gradients go
+        self.optimizer.step(learning_rate(settings, step, len(self.batches)))
         if self.averaged is not None:
             decay = min(settings.ema_decay, (1 + step) / (10 + step))  # the first steps are no average yet
-            self.averaged.lerp_(flat.detach(), 1 - decay)
+            self.averaged.lerp_(self.lora.flat.detach(), 1 - decay)
         self.lora.refresh()
         return value
 
