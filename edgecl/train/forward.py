@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .decoder import Decoder
 from .latents import Latents
 from .lora import Lora
-from .packing import MULTIPLE, pack
+from .packing import WANTED_MULTIPLE, pack
 
 
 def hidden_states(
@@ -34,5 +34,5 @@ def hidden_states(
         x, first = latents.states(prefix, rows, n_bare), latents.lora.first_layer
         x = F.pad(x, (0, 0, 0, len(packed.ids) - len(x)))
     at = [packed.starts[row] + token for row, token in wanted]
-    filled = torch.tensor(at + [0] * (-len(at) % MULTIPLE), device=x.device)
+    filled = torch.tensor(at + [0] * (-len(at) % WANTED_MULTIPLE), device=x.device)
     return decoder.norm(decoder.run(x, packed.where, lora, first, wanted=filled))[: len(at)]

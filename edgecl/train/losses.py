@@ -21,10 +21,10 @@ from .decoder import Decoder
 from .forward import hidden_states
 from .latents import VERSION, Latents, LatentStore
 from .lora import Lora
-from .packing import MULTIPLE
+from .packing import WANTED_MULTIPLE
 from .weights import Weights
 
-ANCHORS_AT_ONCE = 8
+ANCHORS_AT_ONCE = 4
 NO_TOKEN = -1  # of a target that is a mean of rows
 
 
@@ -142,7 +142,7 @@ class _Losses(torch.autograd.Function):
 def log_sum(hidden: torch.Tensor, without: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log sum_v exp(h . w_v) (N,) and its gradient (N, D), float32, over the vocabulary without one token each."""
     n_rows = len(hidden)
-    n_fill = -n_rows % MULTIPLE  # few shapes of products, as in `pack`
+    n_fill = -n_rows % WANTED_MULTIPLE  # few shapes of products, as in `pack`
     hidden, without = F.pad(hidden, (0, 0, 0, n_fill)), F.pad(without, (0, n_fill), value=NO_TOKEN)
     high = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
     total, gradient = torch.zeros_like(high), torch.zeros(hidden.shape, device=hidden.device)

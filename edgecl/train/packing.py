@@ -18,6 +18,7 @@ from .decoder import Decoder, Sequenced
 from .ops import Bucket, Lines
 
 MULTIPLE = 16  # of tokens in a sequence, and of slots in a line
+WANTED_MULTIPLE = 32  # of tokens at which something is predicted
 SHORT = 64  # rows up to this length share lines
 
 _FILL = -2  # the row of a token that fills up

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -26,8 +27,9 @@ from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
-# what kernels and the allocator keep, measured over nights of 300 rows: oneDNN's for bfloat16 are compiled for each shape
-KERNEL_BYTES = {torch.bfloat16: 160_000_000, torch.float32: 100_000_000}
+# what kernels and the allocator keep, measured over nights of 300 rows without and with an anchor, which rides along every
+# other step and so doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
+KERNEL_BYTES = {torch.bfloat16: (150_000_000, 240_000_000), torch.float32: (100_000_000, 100_000_000)}
 DECODING_TOKENS = {torch.bfloat16: 250, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
 MICRO_TOKENS = 768  # of the largest part of a step: a product of more rows is no faster
@@ -72,6 +74,15 @@ class Plan:
         )
 
 
+def chosen_depth(depth: float, has_past: bool) -> float:
+    """Return the share of layers that a night trains whose setting is `depth`.
+
+    The upper half learns new rows as well as all layers do, in two thirds of the time, but loses more of earlier nights
+    (the README has the figures): it is for a night that has none to keep.
+    """
+    return depth or (1.0 if has_past else 0.5)
+
+
 def first_trained(shape: Shape, depth: float) -> int:
     """Return the lowest trained layer where a share `depth` of the layers is trained."""
     return shape.n_layer - max(1, round(depth * shape.n_layer))
@@ -107,7 +118,8 @@ def plan_memory(
         for parts in (1, 2, 4, 8):
             micro = max(min(MICRO_TOKENS, step) // parts, longest)
             n_tokens = micro + n_prefix + n_anchor
-            sizes = Sizes(n_tokens, slots // parts, max(seen // parts, longest * longest), min(n_predicted, n_tokens))
+            pairs = max(seen // parts, longest * longest)
+            sizes = Sizes(n_tokens, slots // parts, pairs, min(n_predicted, n_tokens), n_anchor > 0)
             fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing)
             least = min(least or fixed, fixed)
             if fixed > room:
@@ -149,12 +161,13 @@ def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> t
 
 
 class Sizes(NamedTuple):
-    """Of the largest part of a step: tokens, slots in which they attend, pairs of those, and tokens that are predicted."""
+    """Of the largest part of a step: tokens, slots in which they attend, pairs of those, tokens that are predicted."""
 
     n_tokens: int
     n_slots: int
     n_pairs: int
     n_predicted: int
+    is_anchored: bool
 
 
 def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, sizes: Sizes, checkpointing: bool) -> int:
@@ -170,7 +183,7 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
     kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = sizes.n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
-    return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES[place.dtype]
+    return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES[place.dtype][sizes.is_anchored]
 
 
 @dataclass(frozen=True)
@@ -199,8 +212,8 @@ def plan_time(
         n_first: steps in which rows are met for the first time, and go through the layers below the first trained one.
     """
     probed = min(PROBED_LAYERS, plan.n_layer)
-    first = plan.n_layer - probed if plan.is_resident else 0  # of packed ones where there are any
-    lora = new_lora(first)
+    top = plan.n_layer - probed  # resident if any layer is
+    lora = new_lora(top)
     parts = []
     for i, part in enumerate(micro_batches(typical.rows, len(typical.prefix), plan.micro_tokens)):
         text = [typical.text] if typical.text and not i else []
@@ -211,11 +224,11 @@ def plan_time(
 
     def train() -> None:
         for x, where, _ in parts:
-            y = decoder.run(x, where, lora, first, first + probed)
+            y = decoder.run(x, where, lora, top)
             y.backward(torch.ones_like(y))
 
     @torch.no_grad()
-    def go_through() -> None:
+    def go_through(first: int) -> None:
         for x, where, _ in parts:
             decoder.run(x, where, None, first, first + probed)
 
@@ -224,9 +237,13 @@ def plan_time(
         for x, _, n_predicted in parts:
             log_sum(x[:n_predicted], torch.full((len(x[:n_predicted]),), NO_TOKEN, device=x.device), decoder.weights)
 
-    trained, through, head = _seconds(train) / probed, _seconds(go_through) / probed, _seconds(multiply_head)
+    trained, head = _seconds(train) / probed, _seconds(multiply_head)
+    through_top, through = (_seconds(partial(go_through, first)) / probed for first in (top, 0))
+    decoding = max(0.0, through - through_top) * (3 if plan.checkpointing else 2)
     for first in [plan.first_layer, *(first_trained(decoder.shape, d) for d in DEPTHS if d < depth)]:
-        seconds = n_steps * (head + (plan.n_layer - first) * trained) + n_first * first * through
+        n_trained = plan.n_layer - first
+        n_packed = max(0, n_trained - plan.n_resident) if plan.n_resident else 0  # else `trained` has it already
+        seconds = n_steps * (head + n_trained * trained + n_packed * decoding) + n_first * first * through
         plan = replace(plan, first_layer=first, seconds=seconds)
         if seconds <= limit_s:
             break
