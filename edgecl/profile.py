@@ -66,8 +66,8 @@ class TrainSettings:
     Attributes:
         epochs: passes over the new rows.
         min_steps: a small night repeats its rows until it has made this many steps.
-        depth: share of the layers that are trained, counted from the head; 0: half of them on a first night, else all
-            (see `train.plan.chosen_depth`).
+        depth: share of the layers that are trained, counted from the head; less is faster, learns a little less of the night
+            and forgets more of earlier ones (the README has the figures).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
         learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).
@@ -79,7 +79,7 @@ class TrainSettings:
 
     r: int = 8
     lora_alpha: float = 16.0
-    depth: float = 0.0
+    depth: float = 1.0
     epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8
@@ -112,8 +112,8 @@ class TrainSettings:
                 raise SettingError(f"train.{key} must be below 1, got {getattr(self, key)}")
         if self.schedule not in SCHEDULES:
             raise SettingError(f"train.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule}")
-        if not 0 <= self.depth <= 1:
-            raise SettingError(f"train.depth must be from 0 to 1, got {self.depth}")
+        if not 0 < self.depth <= 1:
+            raise SettingError(f"train.depth must be above 0 and at most 1, got {self.depth}")
         if not self.lora_alpha > 0:
             raise SettingError(f"train.lora_alpha must be above 0, got {self.lora_alpha}")
 

@@ -126,15 +126,6 @@ def test_a_night_short_of_time_trains_fewer_layers(base, monkeypatch):
     assert math.isclose(read_shape(base).n_layer, 10)
 
 
-def test_a_first_night_trains_the_upper_half_and_later_ones_every_layer(base):
-    settings = TrainSettings(epochs=1, min_steps=1, anchor_weight=0.0)
-    first, report = train(base, rows(4), [], settings, Profile(threads=1))
-    assert len(first.pairs) == 5 * 7 and report.plan.startswith("5 of 10 layers")
-    for replay, night in ((rows(2), Night()), ([], Night(start=first)), (rows(2), Night(start=first))):
-        later, report = train(base, rows(4), replay, settings, Profile(threads=1), night)
-        assert len(later.pairs) == 10 * 7 and report.plan.startswith("10 of 10 layers")
-
-
 def test_the_report_shows_what_was_expected_beside_what_was(base):
     _, report = train(base, rows(16), [], TrainSettings(depth=1.0, epochs=2, min_steps=1), Profile(threads=1), Night())
     assert report.predicted_s > 0 and report.train_s > 0 and report.predicted_rss_bytes > 1e8

@@ -31,7 +31,7 @@ from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import Anchor, anchors, losses
 from .optimizer import AdamW
-from .plan import Plan, Typical, chosen_depth, plan_memory, plan_time
+from .plan import Plan, Typical, plan_memory, plan_time
 from .schedule import learning_rate
 from .shape import read_shape
 from .weights import placement
@@ -135,8 +135,6 @@ class _Run:
         began = time.perf_counter()
         torch.set_num_threads(limits.threads or _threads_beside_the_assistant())
         torch.manual_seed(settings.seed)
-        has_past = bool(replay) or night.start is not None
-        settings = replace(settings, depth=chosen_depth(settings.depth, has_past))
         self.settings, self.limits, self.night, self.report = settings, limits, night, TrainReport()
         self.names: dict[int, str] = {}  # of rows, by their id
         self.new, self.replay = self._usable("new", new), self._usable("replay", replay)

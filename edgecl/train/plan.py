@@ -74,15 +74,6 @@ class Plan:
         )
 
 
-def chosen_depth(depth: float, has_past: bool) -> float:
-    """Return the share of layers that a night trains whose setting is `depth`.
-
-    The upper half learns new rows as well as all layers do, in two thirds of the time, but loses more of earlier nights
-    (the README has the figures): it is for a night that has none to keep.
-    """
-    return depth or (1.0 if has_past else 0.5)
-
-
 def first_trained(shape: Shape, depth: float) -> int:
     """Return the lowest trained layer where a share `depth` of the layers is trained."""
     return shape.n_layer - max(1, round(depth * shape.n_layer))
