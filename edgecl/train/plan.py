@@ -30,7 +30,8 @@ DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls bac
 # what kernels and the allocator keep, measured over nights of 300 rows without and with an anchor, which rides along every
 # other step and so doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
 KERNEL_BYTES = {torch.bfloat16: (150_000_000, 240_000_000), torch.float32: (100_000_000, 100_000_000)}
-DECODING_TOKENS = {torch.bfloat16: 250, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
+PART_TOKENS = 128  # one more part of a step takes as long as multiplying with so many tokens: small products are slow
+DECODING_TOKENS = {torch.bfloat16: 140, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
 MICRO_TOKENS = 768  # of the largest part of a step: a product of more rows is no faster
 PROBED_LAYERS = 5
@@ -131,10 +132,11 @@ def plan_memory(
 def _cost(shape: Shape, plan: Plan, n_tokens: int, decoding: int) -> float:
     """Return what the trained layers and decoding cost a step, in weights that a token is multiplied with."""
     n_trained = plan.n_layer - plan.first_layer
-    passes = 3 if plan.checkpointing else 2
+    passes, n_parts = 3 if plan.checkpointing else 2, max(1, -(-n_tokens // plan.micro_tokens))
     decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
     decoded += (not plan.resident_head) * shape.n_vocab * shape.width
-    return passes * n_tokens * n_trained * shape.layer_weights + decoding * decoded * max(1, n_tokens / plan.micro_tokens)
+    multiplied = (n_tokens + PART_TOKENS * (n_parts - 1)) * passes * n_trained * shape.layer_weights
+    return multiplied + decoding * decoded * n_parts
 
 
 def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> tuple[int, bool]:
