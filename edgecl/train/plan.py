@@ -132,7 +132,7 @@ def plan_memory(
 def _cost(shape: Shape, plan: Plan, n_tokens: int, decoding: int) -> float:
     """Return what the trained layers and decoding cost a step, in weights that a token is multiplied with."""
     n_trained = plan.n_layer - plan.first_layer
-    passes, n_parts = 3 if plan.checkpointing else 2, max(1, -(-n_tokens // plan.micro_tokens))
+    passes, n_parts = 3 if plan.checkpointing else 2, -(-n_tokens // plan.micro_tokens)
     decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
     decoded += (not plan.resident_head) * shape.n_vocab * shape.width
     multiplied = (n_tokens + PART_TOKENS * (n_parts - 1)) * passes * n_trained * shape.layer_weights
@@ -231,7 +231,8 @@ def plan_time(
             log_sum(x[:n_predicted], torch.full((len(x[:n_predicted]),), NO_TOKEN, device=x.device), decoder.weights)
 
     trained, head = _seconds(train) / probed, _seconds(multiply_head)
-    through_top, through = (_seconds(partial(go_through, first)) / probed for first in (top, 0))
+    through = _seconds(partial(go_through, 0)) / probed
+    through_top = through if plan.is_resident else _seconds(partial(go_through, top)) / probed
     decoding = max(0.0, through - through_top) * (3 if plan.checkpointing else 2)
     for first in [plan.first_layer, *(first_trained(decoder.shape, d) for d in DEPTHS if d < depth)]:
         n_trained = plan.n_layer - first
