@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2.sandbox
@@ -197,17 +198,28 @@ def is_correct(example: Example, answer: str) -> bool:
 # --- templates and tokens ---------------------------------------------------------------------------------------------
 
 
+def common_length(rows: Sequence[list[int]]) -> int:
+    """Return how many ids all rows begin with alike; 0 of none."""
+    if not rows:
+        return 0
+    low, high = min(rows), max(rows)  # what these two share, all that lie between them share
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of a chat, and which of them are answers.
 
     Attributes:
         ids: the whole chat, cut after its last end-of-turn token.
-        supervised: for each id, whether the model is asked to predict it.
+        supervised: for each id, whether it is part of an answer.
+        asked: where the first thing that the user says begins and ends, with the token that ends the turn; (0, 0) where the
+            chat begins with a system turn of its own.
     """
 
     ids: list[int]
     supervised: list[bool]
+    asked: tuple[int, int] = (0, 0)
 
 
 class ChatFormat:
@@ -255,6 +267,14 @@ class ChatFormat:
         ids = self._encode(text)
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
+    @cached_property
+    def around_question(self) -> tuple[list[int], list[int]]:
+        """The template's ids before and after what the user says in a chat of one question."""
+        one, other = (self.prompt([("user", text)]) for text in ("One", "Two other words"))
+        n_before = common_length([one, other])
+        n_after = common_length([one[n_before:][::-1], other[n_before:][::-1]])
+        return one[:n_before], one[len(one) - n_after :]
+
     def prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Return the ids of a chat up to where the assistant begins to answer."""
         return self._ids(self._render(messages, add_generation_prompt=True))
@@ -294,7 +314,14 @@ class ChatFormat:
             ids = prompt + wanted + after
             supervised += [True] * len(wanted) + [False] * len(after)
         last = len(supervised) - supervised[::-1].index(True)
-        return Encoded(ids[:last], supervised[:last])
+        return Encoded(ids[:last], supervised[:last], self._asked(ids[:last]))
+
+    def _asked(self, ids: list[int]) -> tuple[int, int]:
+        before, after = self.around_question
+        n = len(before)
+        if not n or not after or ids[:n] != before or after[0] not in ids[n:]:
+            return 0, 0
+        return n, ids.index(after[0], n) + 1
 
 
 def _raise(message: str) -> None:

@@ -30,13 +30,14 @@ class Meter:
     """Scores rows and prose, and counts what that cost.
 
     Attributes:
+        engine: options of llama.cpp.
         eval_s: wall seconds so far; peak_rss_bytes: of the largest child.
         texts: the greedy answers of the rows that were scored here, by generation and row.
     """
 
     def __init__(self, store: Store, base: Path, engine: dict[str, Any], limits: Limits, progress: Progress | None) -> None:
         """Name what is needed; nothing is run."""
-        self._store, self._base, self._engine, self._limits, self._progress = store, base, engine, limits, progress
+        self._store, self._base, self.engine, self._limits, self._progress = store, base, engine, limits, progress
         self.eval_s, self.peak_rss_bytes = 0.0, 0
         self.texts: dict[tuple[str, str], str] = {}
 
@@ -73,7 +74,7 @@ class Meter:
             "adapter": str(generation.adapter) if generation.adapter else None,
             "rows": [record_of(row) for row in rows],
             "prose": prose,
-            "engine": self._engine,
+            "engine": self.engine,
         }
         result, peak = run_stage("measure", request, self._limits, self._progress)
         self.eval_s += result["eval_s"]

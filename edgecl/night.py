@@ -1,4 +1,4 @@
-"""One night: select -> train -> merge -> measure -> gate -> publish or refuse.
+"""One night: select -> write -> train -> merge -> measure -> gate -> publish or refuse.
 
 Read `run` top to bottom. Every stage that loads a model is a child process; what decides (which rows stay, whether the night is
 kept) are the pure functions of `replay`, `metrics` and `gate`. Until `publish` renames the draft nothing that serves is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from .profile import Profile, Settings
 from .replay import choose, quota
 from .store import Store, Stored
 
+MIN_WRITTEN = 64  # rows for a small night; a large one has as many as it has new ones, up to replay.written
+
 Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
 
 
@@ -43,6 +46,7 @@ class AdaptReport:
         losses: answer loss on tonight's rows in nats: before, of the unmerged adapter, of each merged file.
         results: every measured task, before and after.
         prose: nats per token of unrelated prose: base, before, after.
+        n_written: rows that yesterday's model wrote for rehearsal, in write_s seconds.
         peak_rss_bytes: of the largest child.
     """
 
@@ -53,12 +57,14 @@ class AdaptReport:
     served: str = ""
     n_new: int = 0
     n_replay: int = 0
+    n_written: int = 0
     n_kept: int = 0
     results: list[TaskResult] = field(default_factory=list)
     survival: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     prose: dict[str, float] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    write_s: float = 0.0
     train_s: float = 0.0
     train_tokens_per_s: float = 0.0
     merge_s: float = 0.0
@@ -109,7 +115,7 @@ class Night:
         try:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
-            self._train(draft, yesterday, new, replay)
+            self._train(draft, yesterday, new, replay, self._write(yesterday, len(new)))
             learned = _learned_rows(plan, new)
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
@@ -157,7 +163,26 @@ class Night:
             plan |= {task: (kind, examples) for task, examples in by_task.items() if task not in plan}
         return plan
 
-    def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored]) -> None:
+    def _write(self, yesterday: Generation, n_new: int) -> list[Any]:
+        """Return rows that yesterday's model writes: of what earlier nights taught it, and of what its base was made for."""
+        n, report = min(self.settings.replay.written, max(n_new, MIN_WRITTEN)), self.report
+        if not n:
+            return []
+        request = {
+            "base": self.settings.base,
+            "model": str(yesterday.model),
+            "adapter": str(yesterday.adapter) if yesterday.adapter else None,
+            "engine": self.meter.engine,
+            "n": n,
+            "seed": self.generations.next_number(),
+        }
+        began = time.perf_counter()
+        result, peak = run_stage("write", request, replace(self.limits, nice=self.profile.nice), self.progress)
+        report.n_written, report.write_s = len(result["written"]), time.perf_counter() - began
+        report.peak_rss_bytes = max(report.peak_rss_bytes, peak)
+        return list(result["written"])
+
+    def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)
         self._checkpoint.parent.mkdir(exist_ok=True, mode=0o700)
         learning = {row.example.task for row in new}
@@ -168,6 +193,7 @@ class Night:
             "start": str(yesterday.folder / "adapter.gguf") if yesterday.number else None,
             "new": [record_of(row.example) for row in new],
             "replay": [record_of(row.example) for row in replay],
+            "written": written,
             "heldout": [record_of(row.example) for row in heldout] if self.settings.train.patience else [],
             "settings": asdict(self.settings.train),
             "limits": asdict(limits),

@@ -70,6 +70,7 @@ class TrainSettings:
             and forgets more of earlier ones (the README has the figures).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
+        question_weight: how much the loss on what users ask counts; a model that can ask can rehearse (see `replay.written`).
         learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).
         warmup: share of the steps in which the rate rises; cycles, bump, settled: of the oscillating schedule.
         ema_decay: of the exponential moving average of the adapter that is merged instead of the last; 0: none.
@@ -95,6 +96,7 @@ class TrainSettings:
     eval_every: int = 10
     weight_decay: float = 0.0
     anchor_weight: float = 1.0
+    question_weight: float = 0.25
     max_grad_norm: float = 1.0
     seed: int = 0
 
@@ -105,8 +107,19 @@ class TrainSettings:
             SettingError: a setting is out of range.
         """
         _check_least(self, "train.", "", r=1, epochs=0, min_steps=0, batch_rows=1, replay_rows=0, learning_rate=0)
-        _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, seed=0, patience=0, eval_every=1)
-        _check_least(self, "train.", "", warmup=0, cycles=1, bump=0, settled=0, ema_decay=0)
+        _check_least(
+            self,
+            "train.",
+            "",
+            weight_decay=0,
+            anchor_weight=0,
+            question_weight=0,
+            max_grad_norm=0,
+            seed=0,
+            patience=0,
+            eval_every=1,
+        )
+        _check_least(self, "train.", "", patience=0, eval_every=1, warmup=0, cycles=1, bump=0, settled=0, ema_decay=0)
         for key in ("warmup", "settled", "ema_decay"):
             if not getattr(self, key) < 1:
                 raise SettingError(f"train.{key} must be below 1, got {getattr(self, key)}")
@@ -125,19 +138,23 @@ class ReplaySettings:
     Attributes:
         share: of each night's rows, the most that may be kept for rehearsal (one row at least when above 0).
         heldout: of each task's rows, what is set aside for measuring and never trained on.
+        written: rows, at most, that last night's model writes itself each night, for rehearsal beside the kept ones; none is
+            stored.
         archive: keep every learned row.
     """
 
     share: float = 0.1
+    written: int = 256
     heldout: float = 0.1
     archive: bool = False
 
     def __post_init__(self) -> None:
-        """Check both shares.
+        """Check every setting.
 
         Raises:
-            SettingError: a share is not from 0 to 1.
+            SettingError: a share is not from 0 to 1, or written is below 0.
         """
+        _check_least(self, "replay.", "", written=0)
         for key in ("share", "heldout"):
             if not 0 <= getattr(self, key) <= 1:
                 raise SettingError(f"replay.{key} must be from 0 to 1, got {getattr(self, key)}")

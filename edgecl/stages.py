@@ -1,4 +1,4 @@
-"""What loads a model, each run in a child process: train, merge and measure of a night; bench and verify.
+"""What loads a model, each run in a child process: write, train, merge and measure of a night; bench and verify.
 
 `python -m edgecl.stages STAGE` reads one JSON object from stdin and writes JSON lines to stdout (see `child`). Everything
 that comes in and goes out is paths, numbers and rows, so a stage can be run by hand on what a log shows.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgecl_convert import (
     ConvertError,
@@ -29,6 +29,9 @@ from edgecl_convert import (
 from .data import ChatFormat, Example, is_correct
 from .errors import EdgeclError
 from .profile import Profile, TrainSettings
+
+if TYPE_CHECKING:
+    from .train import TrainRow
 
 Request = dict[str, Any]
 Report = Callable[[int, int, str], None]
@@ -71,6 +74,19 @@ def anchor_pieces(vocab: Any) -> list[list[int]]:
     return pieces[:: math.ceil(len(pieces) / MAX_ANCHORS)]
 
 
+def write_stage(request: Request, report: Report) -> Request:
+    """Have a model write rows to rehearse: what it might be asked, and what it answers."""
+    from .engine import Engine, write_rows
+
+    with (
+        Engine(request["model"], request["adapter"], **request["engine"]) as engine,
+        GgufFile(request["base"]) as base,
+    ):
+        around = chat_format(base, engine.vocab).around_question
+        rows = write_rows(engine, *around, request["n"], request["seed"], lambda done, total: report(done, total, "rows"))
+        return {"written": [asdict(row) for row in rows]}
+
+
 def train_stage(request: Request, report: Report) -> Request:
     """Train tonight's adapter; write it as GGUF and as a PEFT folder."""
     from .engine import VocabFile
@@ -80,9 +96,10 @@ def train_stage(request: Request, report: Report) -> Request:
         with VocabFile(gguf.path) as vocab:
             chats = chat_format(gguf, vocab)
             new, replay, heldout = (
-                [TrainRow(e.ids, e.supervised) for e in (chats.encode(example_from(r)) for r in request[key])]
+                [TrainRow(e.ids, e.supervised, e.asked) for e in (chats.encode(example_from(r)) for r in request[key])]
                 for key in ("new", "replay", "heldout")
             )
+            replay += [written_row(chats, **row) for row in request["written"]]
             anchor = anchor_pieces(vocab)
         start = read_gguf_adapter(request["start"]) if request["start"] else None
         runs = Path(request["runs"])
@@ -108,6 +125,16 @@ def train_stage(request: Request, report: Report) -> Request:
         write_gguf_adapter(request["adapter_gguf"], adapter)
         write_peft_adapter(request["adapter_peft"], adapter, gguf)
     return asdict(result)
+
+
+def written_row(chats: ChatFormat, asked: list[int], answer: list[int], likely: list[list[tuple[int, float]]]) -> TrainRow:
+    """Return a row that a model wrote as it is trained on: its question for itself, its answer by what was likely there."""
+    from .train import TrainRow
+
+    before, after = chats.around_question
+    prompt = before + asked + after
+    supervised = [False] * len(prompt) + [True] * len(answer)
+    return TrainRow(prompt + answer, supervised, (len(before), len(before) + len(asked) + 1), likely)
 
 
 def merge_stage(request: Request, report: Report) -> Request:
@@ -149,7 +176,14 @@ def bench_stage(request: Request, report: Report) -> Request:
         return dict(latency(engine, request["repeats"]))
 
 
-STAGES = {"train": train_stage, "merge": merge_stage, "measure": measure_stage, "bench": bench_stage, "verify": verify_stage}
+STAGES = {
+    "write": write_stage,
+    "train": train_stage,
+    "merge": merge_stage,
+    "measure": measure_stage,
+    "bench": bench_stage,
+    "verify": verify_stage,
+}
 
 
 def main() -> None:

@@ -33,18 +33,25 @@ from .store import Scored
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a stream: what is served, how much may be rehearsed, the seed, the precision of the base ("": its own)."""
+    """One run of a stream.
+
+    Attributes:
+        quant: what is served.
+        replay: share of each night's rows that may be kept; written: rows that the model writes each night, for rehearsal too.
+        precision: of the base; "": its own.
+    """
 
     quant: str = "int8"
     replay: float = 0.1
     seed: int = 0
     precision: str = ""
+    written: int = ReplaySettings.written
 
     @property
     def name(self) -> str:
         """File name of its result."""
         what = f"base-{self.precision}" if self.precision else self.quant
-        return f"{what}-replay{self.replay:g}-seed{self.seed}"
+        return f"{what}-replay{self.replay:g}-written{self.written}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,8 @@ def run_stream(
 ) -> Generator[dict[str, Any], None, None]:
     """Yield the result of every cell; with `home` they are kept there, and finished ones are read back.
 
-    Cells that differ in their replay share alone have their first night in common: nothing is there to rehearse yet. A cell
-    without replay therefore goes on from the first night of the cell before it, where quant and seed are the same.
+    On a first night nothing of an earlier one is there to rehearse. A cell without any rehearsal therefore goes on from the
+    first night of the cell before it, where quant and seed are the same.
 
     Args:
         compare: further quants to merge and measure for `survival` after each night, but not in a cell that goes on.
@@ -143,7 +150,9 @@ class _FirstNight:
     state: tuple[Any, ...] = ()
 
     def serves(self, cell: Cell) -> bool:
-        return self.cell is not None and replace(self.cell, replay=0.0) == cell and not cell.precision  # whose base is gone
+        return (
+            self.cell is not None and replace(self.cell, replay=0.0, written=0) == cell and not cell.precision
+        )  # whose base is gone
 
 
 @dataclass
@@ -206,7 +215,7 @@ class _Run:
         return result
 
     def _open(self, goes_on: bool) -> Learner:
-        settings = ReplaySettings(share=self.cell.replay)
+        settings = ReplaySettings(share=self.cell.replay, written=self.cell.written)
         if not goes_on:
             path = find_model(self.model)
             cell = self.cell

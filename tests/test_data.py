@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecl.data import ChatFormat, Example, is_correct, normalize, parse_example, parse_lines
+from edgecl.data import ChatFormat, Example, common_length, is_correct, normalize, parse_example, parse_lines
 from edgecl.errors import DataError, EdgeclError
 from edgecl.learner import find_model
 from edgecl.store import Store
@@ -242,6 +242,34 @@ def test_what_is_scored_is_the_end_of_what_is_trained(chatml: ChatFormat) -> Non
     prompt, wanted = chatml.row(example)
     assert prompt == chatml.prompt(example.messages[:-1])
     assert prompt + wanted == chatml.encode(example).ids
+
+
+def test_the_template_around_a_question(chatml: ChatFormat) -> None:
+    before, after = chatml.around_question
+    assert decode(before).startswith("<|im_start|>system\n") and decode(before).endswith("<|im_start|>user\n")
+    assert decode(after) == "<|im_end|>\n<|im_start|>assistant\n"
+    assert before + encode("Whose?") + after == chatml.prompt([("user", "Whose?")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "asked"),
+    [
+        (QA, "q<|im_end|>"),
+        ((*QA, ("user", "and?"), ("assistant", "b")), "q<|im_end|>"),  # the first turn alone
+        ((("system", "s"), *QA), ""),  # begins otherwise
+    ],
+)
+def test_what_the_user_asks_first_is_marked(chatml: ChatFormat, messages: tuple[tuple[str, str], ...], asked: str) -> None:
+    encoded = chatml.encode(Example(messages))
+    assert decode(encoded.ids[slice(*encoded.asked)]) == asked
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [([], 0), ([[1, 2]], 2), ([[1, 2, 3], [1, 2], [1, 2, 9]], 2), ([[1], [2, 1], [1, 1]], 0), ([[], [1]], 0)],
+)
+def test_common_length(rows: list[list[int]], wanted: int) -> None:
+    assert common_length(rows) == wanted
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS.filter(bool)), min_size=1, max_size=3))

@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, An
     folder = tmp_path_factory.mktemp("stream")
     base = tiny.build(folder / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
     stream = write_data(folder)
-    cells = [Cell(quant="int4", replay=0.5), Cell(quant="int4", replay=0.0)]
+    cells = [Cell(quant="int4", replay=0.5, written=8), Cell(quant="int4", replay=0.0, written=0)]
     return list(run_stream(stream, cells, model=str(base), home=folder / "cells", train=TRAIN)), folder / "cells", base, stream
 
 
@@ -41,7 +41,7 @@ def test_a_cell_on_a_base_of_a_precision_is_kept_under_its_own_name(
     results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
 ) -> None:
     _, _, base, stream = results
-    cells = [Cell("int8", share, precision="int8") for share in (0.5, 0.0)]
+    cells = [Cell("int8", share, precision="int8", written=n) for share, n in ((0.5, 8), (0.0, 0))]
     found = list(run_stream(stream, cells, model=str(base), home=tmp_path, train=TRAIN))
     assert [result["precision"] for result in found] == ["int8", "int8"]
     assert found[0]["matrix"][0] == found[1]["matrix"][0]
@@ -71,9 +71,9 @@ def test_the_matrix_has_what_was_measured_and_nothing_else(results: tuple[list[d
 
 def test_a_finished_cell_is_read_back(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:
     first, home, base, stream = results
-    path = home / "int4-replay0.5-seed0.json"
+    path = home / "int4-replay0.5-written8-seed0.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"acc": 0.125}))
-    again = list(run_stream(stream, [Cell(quant="int4", replay=0.5)], model=str(base), home=home, train=TRAIN))
+    again = list(run_stream(stream, [Cell(quant="int4", replay=0.5, written=8)], model=str(base), home=home, train=TRAIN))
     assert again[0]["acc"] == 0.125
     assert first[0]["tasks"] == again[0]["tasks"]
     assert not [entry for entry in home.iterdir() if entry.is_dir()], "the cells' homes are gone"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import STD, WINDOW, build, random_adapter, random_tokens
+from tiny import N_VOCAB, STD, WINDOW, build, random_adapter, random_tokens
 
 from edgecl.errors import Diverged
 from edgecl.profile import Profile, TrainSettings
@@ -51,6 +51,8 @@ def make_row(seed: int, n_prompt: int, n_answer: int, prefix=PREFIX) -> TrainRow
 
 ROWS = [make_row(i, 3 + 5 * i, 2 + i % 3) for i in range(6)]  # up to 52 tokens
 LONG = make_row(9, 95, 3)  # attends in a line of its own
+ASKED = [replace(row, asked=(15, len(PREFIX) + 2 + i)) for i, row in enumerate(ROWS[:3])]  # begins within the prefix
+TAUGHT = replace(ROWS[3], likely=[[(5, 0.7), (9, 0.2), (7, 0.1)], [(8, 0.5), (9, 0.5), (3, 0.0)]], asked=(15, 20))
 CHATTY = replace(ROWS[5], supervised=[20 < t < 25 or t > 40 for t in range(len(ROWS[5].ids))])  # two answers in one row
 
 
@@ -75,7 +77,7 @@ def answer_loss(base, adapter, rows) -> float:
     decoder = Decoder(base, CPU32)
     lora = None if adapter is None else warm(base, decoder, adapter, FAST.r, FAST.lora_alpha)
     with torch.no_grad():
-        total = sum(losses(decoder, lora, [], [row], None)[0].item() for row in rows)
+        total = sum(losses(decoder, lora, [], [row], None).answers.item() for row in rows)
     return total / sum(row.n_predicted for row in rows)
 
 
@@ -85,7 +87,7 @@ RESIDENT = {"resident": (None, True), "packed": (0, False), "half packed": (1, F
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def reference_gradients(written, base, adapter, rows, anchor, weight):
+def reference_gradients(written, base, adapter, rows, anchor, weight, question_weight):
     """Return loss and gradients by plain autograd: full rows one by one, transformers' own eager attention, W + s B A."""
     shell = warm(base, Decoder(base, CPU32), adapter)  # only for names and row order
     weights = {name: parameter.detach() for name, parameter in written.named_parameters()}
@@ -98,15 +100,20 @@ def reference_gradients(written, base, adapter, rows, anchor, weight):
     def logits(ids, parameters):
         return torch.func.functional_call(written, parameters, (torch.tensor([ids]),), {"use_cache": False}).logits[0]
 
-    loss = torch.zeros(())
+    loss = questions = torch.zeros(())
     for row in rows:
         where = [t for t, wanted in enumerate(row.supervised) if wanted]
-        got = logits(row.ids, merged)[[t - 1 for t in where]]
-        loss = loss + F.cross_entropy(got, torch.tensor([row.ids[t] for t in where]), reduction="sum")
+        asked = list(range(*row.asked))
+        got, target = logits(row.ids, merged), F.one_hot(torch.tensor(row.ids), N_VOCAB).float()
+        for t, choices in zip(where, row.likely, strict=False):
+            target[t] = sum(share * target.new_zeros(N_VOCAB).index_fill(0, torch.tensor(v), 1) for v, share in choices)
+        loss = loss + F.cross_entropy(got[[t - 1 for t in where]], target[where], reduction="sum")
+        questions = questions + F.cross_entropy(got[[t - 1 for t in asked]], target[asked], reduction="sum")
     mean = loss / sum(row.n_predicted for row in rows)
     p = torch.log_softmax(logits(anchor, {}).detach(), -1)
     q = torch.log_softmax(logits(anchor, merged), -1)
-    (mean + weight * (p.exp() * (p - q)).sum(-1).mean()).backward()
+    drift = (p.exp() * (p - q)).sum(-1).mean()
+    (mean + question_weight * questions / sum(row.n_asked for row in rows) + weight * drift).backward()
     return mean.item(), {name: (a.grad, b.grad) for name, (a, b) in pairs.items()}
 
 
@@ -115,10 +122,10 @@ def reference_gradients(written, base, adapter, rows, anchor, weight):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_gradients_equal_plain_autograd(models, architecture, mode, first_layer):
     base, written = models(architecture)
-    rows, anchor = [LONG, *ROWS[:5], CHATTY], ANCHORS[0]
+    rows, anchor = [LONG, *ASKED, TAUGHT, ROWS[4], CHATTY], ANCHORS[0]
     assert max(len(row.ids) for row in rows) > 2 * WINDOW
     adapter = random_adapter(base, size=0.2)
-    wanted_loss, wanted = reference_gradients(written, base, adapter, rows, anchor, 0.5)
+    wanted_loss, wanted = reference_gradients(written, base, adapter, rows, anchor, 0.5, 0.3)
 
     decoder = Decoder(base, CPU32, *RESIDENT[mode])
     decoder.checkpointing = mode == "checkpointed"
@@ -126,7 +133,7 @@ def test_gradients_equal_plain_autograd(models, architecture, mode, first_layer)
     lora = warm(base, decoder, adapter, first_layer=first_layer)
     prefix = shared_prefix(rows)
     assert len(prefix) == len(PREFIX)
-    loss = loop.backward(decoder, lora, prefix, rows, held, 0.5, 160)  # 160 tokens: two parts, long and short rows in one
+    loss = loop.backward(decoder, lora, prefix, rows, held, 0.5, 0.3, 160)  # 160 tokens: two parts, long and short rows in one
 
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert len(lora.names) == 7 * (decoder.shape.n_layer - first_layer)
@@ -144,11 +151,11 @@ def test_batch_behind_a_prefix_equals_row_by_row(models, architecture):
     base, _ = models(architecture)
     decoder = Decoder(base, CPU32)
     with torch.no_grad():
-        batch, _ = losses(decoder, None, PREFIX, [*ROWS, LONG], None)
-        rows = [losses(decoder, None, [], [row], None)[0].item() for row in [*ROWS, LONG]]
+        batch = losses(decoder, None, PREFIX, [*ROWS, LONG], None).answers
+        rows = [losses(decoder, None, [], [row], None).answers.item() for row in [*ROWS, LONG]]
         held = replace(anchors(decoder, [ANCHORS[1]])[0], ids=ANCHORS[0])  # another text's: the base itself diverges
-        _, beside = losses(decoder, None, PREFIX, ROWS, held)
-        _, alone = losses(decoder, None, [], [ROWS[0]], held)
+        beside = losses(decoder, None, PREFIX, ROWS, held).drift
+        alone = losses(decoder, None, [], [ROWS[0]], held).drift
     assert batch.item() == pytest.approx(sum(rows), rel=1e-5)
     assert beside.item() == pytest.approx(alone.item(), rel=1e-4) and alone.item() > 0.1
 
@@ -241,7 +248,7 @@ def test_anchor_holds_the_model_to_its_base(models):
         decoder = Decoder(base, CPU32)
         lora = warm(base, decoder, adapter, FAST.r, FAST.lora_alpha)
         with torch.no_grad():
-            divergences = [losses(decoder, lora, [], rows[:1], held)[1].item() for held in anchors(decoder, ANCHORS)]
+            divergences = [losses(decoder, lora, [], rows[:1], held).drift.item() for held in anchors(decoder, ANCHORS)]
         return float(np.mean(divergences)), answer_loss(base, adapter, rows)
 
     (free, free_loss), (held, held_loss) = drift(0.0), drift(1.0)

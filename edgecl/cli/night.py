@@ -85,9 +85,9 @@ def print_report(report: AdaptReport) -> None:
         if train[key]:
             out.print(f"rows        {train[key]} {what}")
     out.print(
-        f"night       {report.n_new} new + {report.n_replay} rehearsed rows: trained {report.train_s:.0f} s "
-        f"({report.train_tokens_per_s:.0f} tokens/s), merged {report.merge_s:.1f} s, measured {report.eval_s:.0f} s, "
-        f"peak {size(report.peak_rss_bytes)}"
+        f"night       {report.n_new} new, {report.n_replay} kept, {report.n_written} written rows: "
+        f"wrote {report.write_s:.0f} s, trained {report.train_s:.0f} s ({report.train_tokens_per_s:.0f} tokens/s), "
+        f"merged {report.merge_s:.1f} s, measured {report.eval_s:.0f} s, peak {size(report.peak_rss_bytes)}"
     )
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..errors import DataError, SettingError
 from ..learner import GATES
-from ..profile import served_at
+from ..profile import ReplaySettings, served_at
 from ..stream import Cell, Stream, run_stream
 from .output import console, json_option, print_json, progress_bar, safe, size
 
@@ -32,6 +32,13 @@ def _numbers(text: str, kind: type, name: str) -> list[Any]:
 @click.option("--quant", default="int8", show_default=True, help="What is served; a list runs as a grid.")
 @click.option("--precision", default="", help="Of the base, instead of --quant: f16, int8, int4; a list runs as a grid.")
 @click.option("--replay", default="0.1", show_default=True, help="Share of each night's rows kept; a list runs as a grid.")
+@click.option(
+    "--written",
+    default=ReplaySettings.written,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Rows that the model writes itself each night, to rehearse.",
+)
 @click.option("--seed", default="0", show_default=True, help="A list runs as a grid.")
 @click.option("--order", default="", help="Tasks, in order; default: FOLDER/order.json, or the names.")
 @click.option("--train-limit", default=0, type=click.IntRange(0), help="Rows a night (0: all).")
@@ -46,6 +53,7 @@ def stream(
     quant: str,
     precision: str,
     replay: str,
+    written: int,
     seed: str,
     order: str,
     train_limit: int,
@@ -60,7 +68,7 @@ def stream(
     """
     shares, seeds = _numbers(replay, float, "--replay"), _numbers(seed, int, "--seed")
     arms = [(served_at(p), p) for p in precision.split(",")] if precision else [(q, "") for q in quant.split(",")]
-    cells = [Cell(q, r, s, p) for (q, p), r, s in itertools.product(arms, shares, seeds)]
+    cells = [Cell(q, r, s, p, written) for (q, p), r, s in itertools.product(arms, shares, seeds)]
     names = order.split(",") if order else []
     results: list[dict[str, Any]] = []
     with progress_bar() as progress:
@@ -79,7 +87,8 @@ def print_stream(result: dict[str, Any]) -> None:
     out = console()
     tasks = result["tasks"]
     base = f" on a base at {result['precision']}" if result["precision"] else ""
-    out.print(f"\n{result['quant']}{base}, {result['replay']:.1%} replay, seed {result['seed']}: accuracy after each night")
+    rehearsed = f"{result['replay']:.1%} replay, {result['written']} rows written a night"
+    out.print(f"\n{result['quant']}{base}, {rehearsed}, seed {result['seed']}: accuracy after each night")
     table = Table("night", *map(safe, tasks), "prose", box=None, pad_edge=False)
     for i, task in enumerate(tasks):
         cells = ["" if x is None or j > i else f"{x:.0%}" for j, x in enumerate(result["matrix"][i])]

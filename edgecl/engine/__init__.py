@@ -1,9 +1,10 @@
-"""llama.cpp: load a generation, answer, score and time it."""
+"""llama.cpp: load a generation, answer, score and time it, have it write rows."""
 
 from .latency import latency
 from .model import Vocab, VocabFile
 from .scoring import Row, RowScore, prose_nats, score
 from .session import GGML_TYPE_F16, GGML_TYPE_F32, Engine
+from .writing import Written, write_rows
 
 __all__ = [
     "GGML_TYPE_F16",
@@ -13,7 +14,9 @@ __all__ = [
     "RowScore",
     "Vocab",
     "VocabFile",
+    "Written",
     "latency",
     "prose_nats",
     "score",
+    "write_rows",
 ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data import common_length
 from .session import Engine, F32Array
 
 
@@ -53,7 +54,8 @@ def score(engine: Engine, rows: Sequence[Row], extra_tokens: int = 12) -> Iterat
     Raises:
         EngineError: a row does not fit into the context.
     """
-    shared = _common_prefix([row.prompt for row in rows])
+    prompts = [row.prompt for row in rows]
+    shared = max(0, min(common_length(prompts), min(map(len, prompts), default=0) - 1))
     engine.clear()
     engine.feed(rows[0].prompt[:shared] if rows else [], 0, engine.n_seq)
     group: list[Row] = []
@@ -124,15 +126,6 @@ def prose_nats(engine: Engine, text: str, window: int = 256, n_windows: int = 6)
             pairs = zip(logits, chunk[1:], strict=True)
             out.append(float(np.mean([_negative_log_likelihood(x, target) for x, target in pairs])))
     return out
-
-
-def _common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Length of the prefix that all prompts share, at most one less than the shortest."""
-    if not prompts:
-        return 0
-    low, high = min(prompts), max(prompts)
-    n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return max(0, min(n, min(map(len, prompts)) - 1))
 
 
 def _negative_log_likelihood(logits: F32Array, target: int) -> float:

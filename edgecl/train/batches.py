@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from ..data import common_length
 
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One chat to train on: token ids, and for each whether it is predicted."""
+    """One chat to train on.
+
+    Attributes:
+        supervised: for each of the ids, whether it is part of an answer.
+        asked: where the user's first turn begins and ends; the model learns to write it too. (0, 0): there is none.
+        likely: for each token of the answers, likely ones with their probabilities, which a teacher expected there; empty:
+            the token itself is right.
+    """
 
     ids: list[int]
     supervised: list[bool]
+    asked: tuple[int, int] = (0, 0)
+    likely: list[list[tuple[int, float]]] = field(default_factory=list)
 
     @property
     def n_predicted(self) -> int:
-        """Number of predicted tokens."""
+        """Number of tokens of answers."""
         return sum(self.supervised)
+
+    @property
+    def n_asked(self) -> int:
+        """Number of tokens of the user's first turn."""
+        return self.asked[1] - self.asked[0]
 
 
 def usable(row: TrainRow, n_ctx: int) -> TrainRow | None:
-    """Return a row cut from the left to `n_ctx` tokens; None where it has no answer, or its last one would be cut."""
+    """Return a row cut from the left to `n_ctx` tokens; None where it has no answer, or its last one would be cut.
+
+    A row that is cut keeps its ids alone: what it begins with is no longer what the user said first.
+    """
     if not any(row.supervised):
         return None
     n_cut = len(row.ids) - n_ctx
@@ -40,10 +60,8 @@ def shared_prefix(rows: Sequence[TrainRow]) -> list[int]:
     """Return the ids that all rows begin with, ending at least one token before anything is predicted."""
     if not rows:
         return []
-    low, high = min(row.ids for row in rows), max(row.ids for row in rows)
-    n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     first = min(row.supervised.index(True) for row in rows)
-    return low[: max(0, min(n, first - 1))]
+    return rows[0].ids[: max(0, min(common_length([row.ids for row in rows]), first - 1))]
 
 
 def epoch(
@@ -51,11 +69,15 @@ def epoch(
 ) -> list[list[TrainRow]]:
     """Return one epoch over `new`, in batches of `batch_rows` with `replay_rows` more from the buffer in each.
 
-    Batches hold about as many tokens each: few shapes of products, none of which is much larger than the others. The buffer
-    is walked in a shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
+    Rows of the buffer that are longer than new ones are fewer in a batch, so that they take about as many tokens. Batches hold
+    about as many tokens each: few shapes of products, none of which is much larger than the others. The buffer is walked in a
+    shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
     """
     n_batches = -(-len(new) // batch_rows)
-    share = min(replay_rows, len(replay))
+    share = 0
+    if new and replay:
+        mean_new, mean_replay = (sum(len(row.ids) for row in rows) / len(rows) for rows in (new, replay))
+        share = min(replay_rows, len(replay), math.ceil(replay_rows * mean_new / mean_replay))
     walk: list[TrainRow] = []
     while share and len(walk) < share * n_batches:
         walk += [replay[i] for i in rng.permutation(len(replay))]

@@ -36,7 +36,7 @@ from .schedule import learning_rate
 from .shape import read_shape
 from .weights import placement
 
-ANCHOR_EVERY = 2  # steps; it then weighs as much more
+EVERY = 2  # steps comes the anchor, and on the others the questions: each weighs as much more then
 AHEAD = 4  # steps, whose rows go through the layers that are not trained together
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
@@ -146,7 +146,7 @@ class _Run:
         self.batches = self._batches()
         self.prefix = shared_prefix([*self.new, *self.replay])
         self.place = placement()
-        n_held = math.ceil(len(self.batches) / ANCHOR_EVERY)
+        n_held = math.ceil(len(self.batches) / EVERY)
         texts = list(night.anchor)[:n_held] if settings.anchor_weight else []
         found = read_checkpoint(night.checkpoint, self._facts()) if night.checkpoint else None
 
@@ -209,6 +209,12 @@ class _Run:
         if not self.batches:
             return plan
         by_size = sorted(self.batches, key=lambda batch: sum(len(row.ids) for row in batch))
+        typical = Typical(
+            by_size[len(by_size) // 2],
+            self.prefix,
+            self.night.anchor[0][::EVERY] if has_anchor else None,
+            1 / EVERY if self.settings.question_weight else 0.0,
+        )
         n_first = len(self.batches) if self.night.store is None else math.ceil(len(self.new) / self.settings.batch_rows)
         return plan_time(
             plan,
@@ -216,7 +222,7 @@ class _Run:
             lora,
             self.settings.depth,
             60 * self.limits.minutes,
-            Typical(by_size[len(by_size) // 2], self.prefix, self.night.anchor[0][::ANCHOR_EVERY] if has_anchor else None),
+            typical,
             len(self.batches),
             n_first,
         )
@@ -288,12 +294,13 @@ class _Run:
 
     def _step(self, step: int) -> float:
         settings = self.settings
-        turn, rest = divmod(step, ANCHOR_EVERY)
+        turn, rest = divmod(step, EVERY)
         held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
-        rows, weight = self.batches[step], settings.anchor_weight * ANCHOR_EVERY
+        rows, question_weight = self.batches[step], settings.question_weight * EVERY if rest else 0.0
         if step % AHEAD == 0 or step == self.report.resumed_at:
             self._look_ahead(step - step % AHEAD)
-        value = backward(self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents)
+        weights = settings.anchor_weight * EVERY, question_weight
+        value = backward(self.decoder, self.lora, self.prefix, rows, held, *weights, self.plan.micro_tokens, self.latents)
         norm = self.optimizer.clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise Diverged(
@@ -343,16 +350,17 @@ def backward(
     rows: list[TrainRow],
     anchor: Anchor | None,
     anchor_weight: float,
+    question_weight: float,
     micro_tokens: int,
     latents: Latents | None = None,
 ) -> float:
     """Add the gradient of a batch, in parts of at most `micro_tokens`; return its mean answer loss in nats."""
-    n_predicted = sum(row.n_predicted for row in rows)
+    n_predicted, n_asked = sum(row.n_predicted for row in rows), sum(row.n_asked for row in rows)
     total = 0.0
     for part in micro_batches(rows, len(prefix), micro_tokens):
-        loss, drift = losses(decoder, lora, prefix, part, anchor, latents)
-        (loss / n_predicted + anchor_weight * drift).backward()
-        total += loss.item()
+        answers, questions, drift = losses(decoder, lora, prefix, part, anchor, latents, question_weight > 0)
+        (answers / n_predicted + question_weight / max(n_asked, 1) * questions + anchor_weight * drift).backward()
+        total += answers.item()
         anchor = None  # once a batch
     return total / n_predicted
 
@@ -362,7 +370,7 @@ def answer_loss(decoder: Decoder, lora: Lora | None, rows: Sequence[TrainRow], m
     """Return the mean answer loss of rows, in nats per token."""
     prefix = shared_prefix(rows)
     parts = micro_batches(rows, len(prefix), micro_tokens)
-    total = sum(losses(decoder, lora, prefix, part, None)[0].item() for part in parts)
+    total = sum(losses(decoder, lora, prefix, part, None).answers.item() for part in parts)
     return total / sum(row.n_predicted for row in rows)
 
 

@@ -8,9 +8,10 @@ distribution is kept as D numbers a token instead of one for each word, and one 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from .decoder import Decoder
 from .forward import hidden_states
 from .latents import VERSION, Latents, LatentStore
 from .lora import Lora
-from .packing import WANTED_MULTIPLE
+from .packing import PREFIX, WANTED_MULTIPLE
 from .weights import Weights
 
 ANCHORS_AT_ONCE = 4
@@ -80,6 +81,14 @@ def _expected(decoder: Decoder, texts: Sequence[list[int]], latents: Latents | N
     return [torch.cat([h.mean()[None], rows.flatten()]).cpu().numpy().tobytes() for h, rows in parts]
 
 
+class Losses(NamedTuple):
+    """Losses in nats: summed over the tokens of answers, summed over those of questions, per token of the anchor's KL."""
+
+    answers: torch.Tensor
+    questions: torch.Tensor
+    drift: torch.Tensor
+
+
 def losses(
     decoder: Decoder,
     lora: Lora | None,
@@ -87,31 +96,65 @@ def losses(
     rows: Sequence[TrainRow],
     anchor: Anchor | None,
     latents: Latents | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return, in nats, the answer loss summed over the predicted tokens, and KL(base, model) per token of the anchor.
+    with_questions: bool = False,
+) -> Losses:
+    """Return the losses of rows and of an anchor.
 
     Args:
         prefix: what all rows begin with.
-        anchor: rides along as one more row, without the prefix.
+        anchor: rides along as one more row, without the prefix; None: its loss is 0.
         latents: where the states come from that enter the first trained layer; None: from all layers below it.
+        with_questions: whether what users ask is predicted too; else its loss is 0.
     """
-    bodies: list[Sequence[int]] = [row.ids[len(prefix) :] for row in rows]
+    n_prefix, weights = len(prefix), decoder.weights
+    bodies: list[Sequence[int]] = [row.ids[n_prefix:] for row in rows]
+    wanted = [(i, t - 1 - n_prefix) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
+    tokens, targets = _answers(weights, rows)
+    n_answers = len(tokens)
+    questions = _questions(n_prefix, rows) if with_questions else {}
+    if questions:
+        wanted += [(i, t) for i, t, _ in questions]
+        tokens += [token for *_, token in questions]
+        targets.append(weights.head_rows(tokens[n_answers:]))
+    n_anchor = 0
     if anchor is not None:
+        n_anchor = len(anchor.ids)
         bodies.append(anchor.ids)
-    predicted = [(i, t) for i, row in enumerate(rows) for t in range(len(prefix) + 1, len(row.ids)) if row.supervised[t]]
-    wanted = [(i, t - 1 - len(prefix)) for i, t in predicted]
-    tokens = [rows[i].ids[t] for i, t in predicted]
-    targets = decoder.weights.head_rows(tokens)
-    if anchor is not None:
-        wanted += [(len(rows), t) for t in range(len(anchor.ids))]
-        tokens += [NO_TOKEN] * len(anchor.ids)
-        targets = torch.cat([targets, anchor.expected])
+        wanted += [(len(rows), t) for t in range(n_anchor)]
+        tokens += [NO_TOKEN] * n_anchor
+        targets.append(anchor.expected)
     hidden = hidden_states(decoder, lora, prefix, bodies, wanted, int(anchor is not None), latents)
-    each: torch.Tensor = _Losses.apply(hidden, targets, torch.tensor(tokens, device=hidden.device), decoder.weights)
-    if anchor is None:
-        return each.sum(), hidden.new_zeros((), dtype=torch.float32)
-    n = len(predicted)
-    return each[:n].sum(), each[n:].mean() - anchor.entropy
+    each: torch.Tensor = _Losses.apply(hidden, torch.cat(targets), torch.tensor(tokens, device=hidden.device), weights)
+    of_answers, of_questions, of_anchor = each.split([n_answers, len(questions), n_anchor])
+    times = torch.tensor(list(questions.values()), dtype=torch.float32, device=each.device)
+    drift = of_anchor.mean() - anchor.entropy if anchor is not None else each.new_zeros(())
+    return Losses(of_answers.sum(), of_questions @ times, drift)
+
+
+def _answers(weights: Weights, rows: Sequence[TrainRow]) -> tuple[list[int], list[torch.Tensor]]:
+    """Return the tokens of all answers and, by row, the head's rows (n, D) of them, or their mean where more were likely."""
+    tokens, targets = [], []
+    for row in rows:
+        ids = [token for token, is_answer in zip(row.ids, row.supervised, strict=True) if is_answer]
+        if row.likely:
+            ids = [NO_TOKEN] * len(ids)
+            shares = torch.tensor([[share for _, share in choices] for choices in row.likely])  # (n, K)
+            choices = weights.head_rows([token for choices in row.likely for token, _ in choices])
+            targets.append(torch.einsum("nk,nkd->nd", shares.to(choices), choices.view(*shares.shape, -1)))
+        else:
+            targets.append(weights.head_rows(ids))
+        tokens += ids
+    return tokens, targets
+
+
+def _questions(n_prefix: int, rows: Sequence[TrainRow]) -> Counter[tuple[int, int, int]]:
+    """Return what is asked as (row, token of it after which, predicted id), and how many rows ask that: those of a prefix."""
+    out: Counter[tuple[int, int, int]] = Counter()
+    for i, row in enumerate(rows):
+        for t in range(*row.asked):
+            which, after = (i, t - 1 - n_prefix) if t > n_prefix else (PREFIX, t - 1)
+            out[which, after, row.ids[t]] += 1
+    return out
 
 
 class _Losses(torch.autograd.Function):

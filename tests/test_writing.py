@@ -1,0 +1,96 @@
+"""Rows that a model writes itself: questions drawn from its distribution, greedy answers, however many are made at once."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from tiny import END, START, Tiny, random_tokens, torch_model, write_model
+
+from edgecl.engine import GGML_TYPE_F32, Engine, write_rows
+from edgecl.engine.writing import MAX_ANSWER, MAX_ASKED, N_LIKELY, TEMPERATURE, TOKENS_A_ROW
+
+BEFORE = [START, *random_tokens(8, seed=60)]
+AFTER = [END, *random_tokens(3, seed=61)]
+
+
+def open_engine(path, **options) -> Engine:
+    return Engine(path, **{"n_ctx": 1024, "n_threads": 1, "kv_type": GGML_TYPE_F32} | options)
+
+
+def write_talker(path, scale: float, end: float):
+    """Write a model with another head: all of its rows scaled, that of <|im_end|> once more."""
+    tiny = Tiny()
+    model = torch_model(tiny)
+    with torch.no_grad():
+        model.lm_head.weight *= scale
+        model.lm_head.weight[END] *= end
+    return write_model(path, model, tiny)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model that ends its turns after some tokens."""
+    return write_talker(tmp_path_factory.mktemp("writing") / "talker.gguf", 0.5, 8)
+
+
+@pytest.mark.parametrize("n_seq", [1, 5, 16])
+def test_answers_are_those_of_plain_greedy_decoding(talker, n_seq):
+    with open_engine(talker, n_seq=n_seq) as engine:
+        rows = write_rows(engine, BEFORE, AFTER, 12, seed=1)
+        assert len(rows) == 12
+        for row in rows:
+            assert 0 < len(row.asked) < MAX_ASKED and END not in row.asked
+            prompt = BEFORE + row.asked + AFTER
+            plain = list(engine.generate(prompt, MAX_ANSWER))
+            assert row.answer == (plain if len(plain) == MAX_ANSWER else [*plain, END])
+            logits = engine.logits(prompt + row.answer[:-1]).astype(np.float64)[len(prompt) - 1 :]
+            for choices, token, x in zip(row.likely, row.answer, logits, strict=True):
+                top = np.argsort(x)[-N_LIKELY:]
+                shares = np.exp(x[top] - x.max()) / np.exp(x[top] - x.max()).sum()
+                assert dict(choices) == pytest.approx(dict(zip(top.tolist(), shares, strict=True)), abs=1e-3)
+                assert max(choices, key=lambda choice: choice[1])[0] == token
+    assert any(END in row.answer for row in rows)
+    assert len({tuple(row.asked) for row in rows}) > 6
+
+
+def test_seed_decides(talker):
+    with open_engine(talker) as engine:
+        one, again, other = (write_rows(engine, BEFORE, AFTER, 6, seed) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_questions_are_drawn_from_the_models_distribution(talker):
+    with open_engine(talker) as engine:
+        rows = write_rows(engine, BEFORE, AFTER, 600, seed=3)
+        logits = engine.logits(BEFORE)[-1].astype(np.float64) / TEMPERATURE
+    shares = np.exp(logits - logits.max())
+    shares[END] = 0  # an empty question is given up
+    shares /= shares.sum()
+    seen = Counter(row.asked[0] for row in rows)
+    for token in np.argsort(shares)[-5:]:
+        error = math.sqrt(shares[token] * (1 - shares[token]) / len(rows))
+        assert seen[int(token)] / len(rows) == pytest.approx(shares[token], abs=4 * error)
+
+
+def test_long_rows_are_fewer(tmp_path):
+    with open_engine(write_talker(tmp_path / "long.gguf", 0.5, 4), n_seq=4) as engine:
+        rows = write_rows(engine, BEFORE, AFTER, 40, seed=5)
+    n_tokens = sum(len(row.asked) + len(row.answer) for row in rows)
+    assert 0 < len(rows) < 40 and n_tokens < 40 * TOKENS_A_ROW + 4 * (MAX_ASKED + MAX_ANSWER)
+
+
+def test_questions_without_an_end_are_given_up(tmp_path):
+    with open_engine(write_talker(tmp_path / "talks on.gguf", 5, 0)) as engine:
+        done = []
+        assert write_rows(engine, BEFORE, AFTER, 3, 1, lambda *where: done.append(where)) == []
+    assert done[-1] == (0, 3)
+
+
+def test_what_cannot_be_written_is_not(talker):
+    with open_engine(talker, n_ctx=64) as engine:  # smaller than a row may be
+        assert write_rows(engine, BEFORE, AFTER, 3, seed=1) == []
+    with open_engine(talker) as engine:
+        assert write_rows(engine, [], AFTER, 3, seed=1) == write_rows(engine, BEFORE, [], 3, seed=1) == []
+        assert write_rows(engine, BEFORE, AFTER, 0, seed=1) == []
