@@ -5,7 +5,8 @@ the model's own vocabulary in llama.cpp, handed in as a function. The end-of-tur
 the template puts after it is not.
 
 Dialects, told apart by their keys: `messages` (role/content), `prompt` + `completion` or `response`, alpaca (`instruction`,
-`input`, `output`), sharegpt (`conversations` with from/value). Optional in all: `task`, `source`, `final`.
+`input`, `output`), sharegpt (`conversations` with from/value). Optional in all: `task`, `source`, `final`, and for answers
+that are code `tests` (statements, with `setup`) or `test`, `entry_point` and `prompt`, as MBPP and HumanEval have them.
 
 *Does not cover*: tool calls, images, several assistants in one chat.
 """
@@ -41,12 +42,14 @@ class Example:
         task: the kind of example, named by the user.
         source: where it came from, such as a file name.
         final: the number an answer must end in, where only that counts.
+        program: where the answer is code, what stands before and after it in a program that must run to its end.
     """
 
     messages: tuple[tuple[str, str], ...]
     task: str = DEFAULT_TASK
     source: str = ""
     final: str | None = None
+    program: tuple[str, str] | None = None
 
     @property
     def answer(self) -> str:
@@ -96,7 +99,8 @@ def parse_example(record: Any, task: str | None = None, source: str = "") -> Exa
         raise DataError(f"task must be 1 to 100 printable characters, got {name!r}")
     origin = record.get("source", source)
     origin = origin if isinstance(origin, str) else source
-    return Example(messages, name, origin.encode("utf-8", "replace").decode("utf-8"), _final(record.get("final")))
+    origin = origin.encode("utf-8", "replace").decode("utf-8")
+    return Example(messages, name, origin, _final(record.get("final")), _program(record))
 
 
 def _final(value: Any) -> str | None:
@@ -106,6 +110,23 @@ def _final(value: Any) -> str | None:
         return str(value)
     _check_text("final", value)
     return str(value)
+
+
+def _program(record: dict[str, Any]) -> tuple[str, str] | None:
+    if "tests" in record:
+        tests = record["tests"]
+        if not isinstance(tests, list) or not tests:
+            raise DataError("tests must be a list with at least one statement")
+        lines = [record.get("setup") or "", *tests]
+        for line in lines:
+            _check_text("tests", line)
+        return "", "\n".join(lines)
+    if "test" in record and "entry_point" in record:
+        before, test, name = record.get("prompt", ""), record["test"], record["entry_point"]
+        for key, text in (("prompt", before), ("test", test), ("entry_point", name)):
+            _check_text(key, text)
+        return before, f"{test}\ncheck({name})"
+    return None
 
 
 def _check_text(what: str, value: Any) -> None:

@@ -7,6 +7,8 @@ night i; column j is task j.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -124,6 +126,32 @@ def paired_interval(
     means = difference[draws].mean(1)
     tail = 50 * (1 - confidence)
     return float(difference.mean()), float(np.percentile(means, tail)), float(np.percentile(means, 100 - tail))
+
+
+def stream_intervals(learned: Sequence[FloatArray], final: Sequence[FloatArray]) -> dict[str, tuple[float, float]]:
+    """Return the 95% confidence intervals (low, high) of ACC and BWT over the test rows of each task.
+
+    Args:
+        learned: by task, (n_rows,) scores of its rows after its own night; final: of the same rows after the last night.
+
+    Raises:
+        DataError: no task, a task without rows, or other rows in `final` than in `learned`.
+
+    Source:
+        Percentile bootstrap, 2,000 draws of rows within each task (Efron 1979).
+    """
+    if not learned or [len(x) for x in learned] != [len(x) for x in final] or not all(len(x) for x in learned):
+        raise DataError("intervals need the same rows of every task twice")
+    rng = np.random.default_rng(0)
+    acc, bwt = np.zeros(2000), np.zeros(2000)
+    for i, (first, last) in enumerate(zip(learned, final, strict=True)):
+        draws = rng.integers(0, len(first), (2000, len(first)))
+        after = np.asarray(last, np.float64)[draws].mean(1)
+        acc += after / len(learned)
+        if i < len(learned) - 1:
+            bwt += (after - np.asarray(first, np.float64)[draws].mean(1)) / (len(learned) - 1)
+    low, high = np.percentile([acc, bwt], [2.5, 97.5], axis=1).tolist()
+    return {"acc": (low[0], high[0]), "bwt": (low[1], high[1])}
 
 
 def survival(before: float, adapter: float, merged: float) -> float:

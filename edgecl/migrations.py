@@ -49,3 +49,9 @@ def m003_scores(db: Database) -> None:
         {"generation": str, "hash": str, "task": str, "correct": int, "loss_nats": float, "n_tokens": int},
         pk=("generation", "hash"),
     )
+
+
+@migrations()
+def m004_programs(db: Database) -> None:
+    """What stands around an answer that is code, where it is run: JSON, [before, after]."""
+    db.table("examples").add_column("program", str)

@@ -29,6 +29,7 @@ from edgecl_convert import (
 from .data import ChatFormat, Example, is_correct
 from .errors import EdgeclError
 from .profile import Profile, TrainSettings
+from .sandbox import code_in, passes
 
 if TYPE_CHECKING:
     from .train import TrainRow
@@ -41,9 +42,17 @@ MAX_ANCHORS = 48  # what the base predicts on each is computed before the first 
 
 
 def example_from(record: list[Any]) -> Example:
-    """Return an example from (messages, task, final) as a request carries it."""
-    messages, task, final = record
-    return Example(tuple((role, content) for role, content in messages), task, "", final)
+    """Return an example from (messages, task, final, program) as a request carries it."""
+    messages, task, final, program = record
+    return Example(tuple((role, content) for role, content in messages), task, "", final, program)
+
+
+def is_right(example: Example, answer: str) -> bool:
+    """Return whether an answer is right: code by running it, anything else by its words."""
+    if example.program is None:
+        return is_correct(example, answer)
+    before, after = example.program
+    return passes(f"{before}{code_in(answer)}\n{after}\n")
 
 
 def chat_format(gguf: GgufFile, vocab: Any) -> ChatFormat:
@@ -157,7 +166,7 @@ def measure_stage(request: Request, report: Report) -> Request:
         chats = chat_format(base, engine.vocab)
         scores = []
         for example, result in zip(examples, score(engine, [Row(*chats.row(e)) for e in examples]), strict=True):
-            scores.append([is_correct(example, result.text), result.loss_nats, result.n_tokens, result.text])
+            scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens, result.text])
             report(len(scores), len(examples), Path(request["model"]).name)
         prose = prose_nats(engine, prose_text()) if request["prose"] else []
     return {"scores": scores, "prose": prose, "eval_s": time.perf_counter() - began}

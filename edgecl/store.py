@@ -152,6 +152,7 @@ class Store:
                 "task": example.task,
                 "messages": json.dumps(example.messages, ensure_ascii=False),
                 "final": example.final,
+                "program": json.dumps(example.program) if example.program else None,
                 "source": example.source,
                 "hash": example.hash,
                 "prompt_hash": example.prompt_hash,
@@ -312,4 +313,5 @@ class Store:
 
 def _example(row: dict[str, Any]) -> Example:
     messages = tuple((role, content) for role, content in json.loads(row["messages"]))
-    return Example(messages, row["task"], row["source"] or "", row["final"])
+    program = tuple(json.loads(row["program"])) if row["program"] else None
+    return Example(messages, row["task"], row["source"] or "", row["final"], program)

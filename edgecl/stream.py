@@ -26,7 +26,15 @@ from .errors import DataError
 from .generations import Generation, unpublished
 from .learner import Learner, find_model, translated
 from .measure import Meter
-from .metrics import FloatArray, average_accuracy, backward_transfer, forgetting, forward_transfer, paired_interval
+from .metrics import (
+    FloatArray,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    paired_interval,
+    stream_intervals,
+)
 from .profile import ReplaySettings, TrainSettings
 from .store import Scored
 
@@ -39,6 +47,7 @@ class Cell:
         quant: what is served.
         replay: share of each night's rows that may be kept; written: rows that the model writes each night, for rehearsal too.
         precision: of the base; "": its own.
+        joint: whether all tasks are learned in one night: the ceiling of what nights can reach.
     """
 
     quant: str = "int8"
@@ -46,12 +55,14 @@ class Cell:
     seed: int = 0
     precision: str = ""
     written: int = ReplaySettings.written
+    joint: bool = False
 
     @property
     def name(self) -> str:
         """File name of its result."""
         what = f"base-{self.precision}" if self.precision else self.quant
-        return f"{what}-replay{self.replay:g}-written{self.written}-seed{self.seed}"
+        joint = "-joint" if self.joint else ""
+        return f"{what}{joint}-replay{self.replay:g}-written{self.written}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,11 @@ class Stream:
         train = {t: _rows(folder / "train" / f"{t}.jsonl", t, train_limit, seed) for t in tasks}
         test = {t: _rows(folder / "test" / f"{t}.jsonl", t, test_limit, seed) for t in tasks}
         return cls(tasks, train, test)
+
+    def joined(self) -> Stream:
+        """Return the same rows as one task."""
+        train, test = ([row for task in self.tasks for row in rows[task]] for rows in (self.train, self.test))
+        return Stream(("all",), {"all": train}, {"all": test})
 
 
 def _order(folder: Path) -> list[str]:
@@ -135,7 +151,9 @@ def run_stream(
             if not path.is_file():
                 root.mkdir(parents=True, exist_ok=True)
                 settings = replace(train or TrainSettings(), seed=cell.seed)
-                run = _Run(stream, cell, root / cell.name, model, gate, compare, settings, progress)
+                run = _Run(
+                    stream.joined() if cell.joint else stream, cell, root / cell.name, model, gate, compare, settings, progress
+                )
                 write_atomic(path, json.dumps(run.run(first), indent=1) + "\n")
             yield json.loads(path.read_text("utf-8"))
         shutil.rmtree(first.folder, ignore_errors=True)
@@ -173,11 +191,13 @@ class _Run:
         tasks, n = self.stream.tasks, len(self.stream.tasks)
         accuracy, loss = np.full((n, n), np.nan), np.full((n, n), np.nan)
         nights: list[dict[str, Any]] = []
+        learned: list[FloatArray] = []  # what was right of each task after its own night
         shutil.rmtree(self.home, ignore_errors=True)
         if goes_on := first.serves(self.cell):
             shutil.copytree(first.folder, self.home, symlinks=True)
-            start, accuracy[0], loss[0], night = first.state
+            start, accuracy[0], loss[0], right, night = first.state
             nights.append(night)
+            learned.append(right)
         with self._open(goes_on) as learner:
             meter = learner.meter(self.progress)
             if not goes_on:
@@ -191,10 +211,12 @@ class _Run:
                 known = tasks[: i + 2]
                 scores = meter.scores(learner.generations.current(), self._tests(known))
                 accuracy[i, : len(known)], loss[i, : len(known)] = self._by_task(scores, known)
+                learned.append(self._right(scores, task))
                 facts = report.as_dict()
                 nights.append({"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")})
                 if i == 0 and n > 1 and not first.cell:
-                    first.cell, first.state = self.cell, (start, accuracy[0].copy(), loss[0].copy(), nights[0])
+                    state = start, accuracy[0].copy(), loss[0].copy(), learned[0], nights[0]
+                    first.cell, first.state = self.cell, state
                     shutil.copytree(self.home, first.folder, symlinks=True)
             result = {
                 **asdict(self.cell),
@@ -203,6 +225,7 @@ class _Run:
                 "bwt": backward_transfer(accuracy),
                 "fwt": forward_transfer(accuracy, start),
                 "forgetting": forgetting(accuracy),
+                "intervals": stream_intervals(learned, [self._right(scores, task) for task in tasks]),
                 "matrix": _plain(accuracy),
                 "answer_loss_nats": _plain(loss),
                 "base": [round(float(x), 4) for x in start],
@@ -230,11 +253,13 @@ class _Run:
     def _tests(self, tasks: Sequence[str]) -> list[Example]:
         return [row for task in tasks for row in self.stream.test[task]]
 
+    def _right(self, scores: dict[str, Scored], task: str) -> FloatArray:
+        return np.array([float(scores[row.hash].correct) for row in self.stream.test[task]])
+
     def _by_task(self, scores: dict[str, Scored], tasks: Sequence[str]) -> tuple[FloatArray, FloatArray]:
         """Return (accuracy, answer loss in nats) of each task."""
-        parts = [[scores[row.hash] for row in self.stream.test[task]] for task in tasks]
-        right = [np.mean([s.correct for s in part]) for part in parts]
-        return np.array(right), np.array([np.mean([s.loss_nats for s in part]) for part in parts])
+        losses = [np.mean([scores[row.hash].loss_nats for row in self.stream.test[task]]) for task in tasks]
+        return np.array([self._right(scores, task).mean() for task in tasks]), np.array(losses)
 
     def _base_accuracy(self, learner: Learner, meter: Meter) -> FloatArray:
         """Return the accuracy of the untouched base on every task, at the type that is served."""

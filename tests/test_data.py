@@ -207,6 +207,33 @@ def test_an_answer_is_right_by_its_last_number_or_its_words(wanted: str, final: 
     assert is_correct(Example((QA[0], ("assistant", wanted)), final=final), answer) is correct
 
 
+MESSAGES = turns("role", "content", *QA)
+CHECK = "def check(c): assert c()"
+
+
+@pytest.mark.parametrize(
+    ("record", "program"),
+    [
+        ({"tests": ["assert f(1)", "assert f(2)"]}, ("", "\nassert f(1)\nassert f(2)")),
+        ({"tests": ["assert f(1)"], "setup": "import math"}, ("", "import math\nassert f(1)")),
+        ({"test": CHECK, "entry_point": "f", "prompt": "def f():\n"}, ("def f():\n", f"{CHECK}\ncheck(f)")),
+        ({"test": "of patience"}, None),
+    ],
+)
+def test_answers_that_are_code_bring_their_tests(record: dict[str, Any], program: Any, tmp_path: Path) -> None:
+    example = parse_example({"messages": MESSAGES} | record)
+    assert example.program == program
+    with Store(tmp_path / "replay.db") as store:
+        store.add([example], 0.0)
+        assert store.rows("pending")[0].example == example
+
+
+@pytest.mark.parametrize("record", [{"tests": []}, {"tests": "assert 1"}, {"tests": [1]}, {"test": 1, "entry_point": "f"}])
+def test_tests_of_another_kind_are_refused(record: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="test"):
+        parse_example({"messages": MESSAGES} | record)
+
+
 @given(TEXTS)
 def test_normalizing_twice_changes_nothing_and_a_text_is_its_own_answer(text: str) -> None:
     assert normalize(normalize(text)) == normalize(text)
@@ -272,6 +299,7 @@ def test_common_length(rows: list[list[int]], wanted: int) -> None:
     assert common_length(rows) == wanted
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS.filter(bool)), min_size=1, max_size=3))
 def test_masks_hold_for_any_text(chatml: ChatFormat, pairs: list[tuple[str, str]]) -> None:
     messages = [turn for q, a in pairs for turn in (("user", q), ("assistant", a))]

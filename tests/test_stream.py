@@ -63,10 +63,24 @@ def test_the_matrix_has_what_was_measured_and_nothing_else(results: tuple[list[d
         assert all(value is not None for row in matrix for value in row)  # the second task is measured before it is learned
         assert result["acc"] == pytest.approx(sum(matrix[-1]) / 2, abs=1e-4)
         assert result["bwt"] == pytest.approx(matrix[1][0] - matrix[0][0], abs=1e-4)
+        for name in ("acc", "bwt"):
+            low, high = result["intervals"][name]
+            assert low <= result[name] <= high
         losses = result["answer_loss_nats"]
         assert losses[1][1] < losses[0][1], "the second night did not learn its task"
         assert [night["task"] for night in result["nights"]] == ["left", "right"]
     assert results[0][0]["matrix"][0] == results[0][1]["matrix"][0], "both cells have their first night in common"
+
+
+def test_a_joint_cell_learns_all_tasks_in_one_night(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    _, _, base, stream = results
+    cell = Cell(joint=True, written=8)
+    (found,) = run_stream(stream, [cell], model=str(base), home=tmp_path, train=TRAIN)
+    assert found["n_test"] == {"all": 6} and len(found["nights"]) == 1 and found["nights"][0]["n_new"] == 6
+    assert found["acc"] == found["matrix"][0][0] and found["bwt"] == found["forgetting"] == 0
+    assert (tmp_path / "int8-joint-replay0.1-written8-seed0.json").is_file()
 
 
 def test_a_finished_cell_is_read_back(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:

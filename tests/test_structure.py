@@ -21,7 +21,7 @@ FILES = {
 }
 LAYERS = (
     {"errors", "edgecl_convert"},
-    {"data", "replay", "metrics", "gate", "profile", "migrations", "child"},
+    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
     {"train", "engine", "store", "generations"},
     {"measure", "night", "learner", "stream", "stages", "demo"},
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__

@@ -43,6 +43,7 @@ def _numbers(text: str, kind: type, name: str) -> list[Any]:
 @click.option("--order", default="", help="Tasks, in order; default: FOLDER/order.json, or the names.")
 @click.option("--train-limit", default=0, type=click.IntRange(0), help="Rows a night (0: all).")
 @click.option("--test-limit", default=0, type=click.IntRange(0), help="Test rows a task (0: all).")
+@click.option("--joint", is_flag=True, help="All tasks in one night: the ceiling.")
 @click.option("--gate", type=click.Choice(GATES), default="report", show_default=True)
 @json_option
 @click.pass_obj
@@ -58,6 +59,7 @@ def stream(
     order: str,
     train_limit: int,
     test_limit: int,
+    joint: bool,
     gate: str,
     as_json: bool,
 ) -> None:
@@ -68,7 +70,7 @@ def stream(
     """
     shares, seeds = _numbers(replay, float, "--replay"), _numbers(seed, int, "--seed")
     arms = [(served_at(p), p) for p in precision.split(",")] if precision else [(q, "") for q in quant.split(",")]
-    cells = [Cell(q, r, s, p, written) for (q, p), r, s in itertools.product(arms, shares, seeds)]
+    cells = [Cell(q, r, s, p, written, joint) for (q, p), r, s in itertools.product(arms, shares, seeds)]
     names = order.split(",") if order else []
     results: list[dict[str, Any]] = []
     with progress_bar() as progress:
@@ -97,6 +99,8 @@ def print_stream(result: dict[str, Any]) -> None:
     out.print(table)
     names = "acc", "bwt", "fwt", "forgetting"
     out.print("  ".join(f"{name.upper() if name != 'forgetting' else name} {result[name]:.3f}" for name in names))
+    ranges = (f"{name.upper()} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
+    out.print(f"95% intervals over the test rows: {', '.join(ranges)}")
     if "against_int8" in result:
         gap = result["against_int8"]
         out.print(

@@ -1,0 +1,72 @@
+"""A model's code, run against tests in a child process that can do nothing but compute.
+
+No network (a namespace of its own where the system allows it), no file written, no other process started, limited CPU time,
+memory and wall time. What a program prints is dropped; it has passed when it runs to its end.
+
+*Does not cover*: code that is written to break out. Python's audit hooks stop what a model says by accident, not an attacker
+who knows them; the namespace and the resource limits hold for both. Linux.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+
+CPU_S, WALL_S = 3, 8
+MEMORY_BYTES = 512_000_000
+_FENCED = re.compile(r"```[a-zA-Z]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+_RUNNER = """
+import os, resource, sys
+cpu_s, memory_bytes = map(int, sys.argv[1:])
+token, program = sys.stdin.read().split("\\n", 1)
+done = os.dup(1)
+nothing = os.open(os.devnull, os.O_WRONLY)
+os.dup2(nothing, 1), os.dup2(nothing, 2)
+try:
+    import ctypes
+    ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET: no interface but its own
+except OSError:
+    pass
+for what, most in (("CPU", cpu_s), ("AS", memory_bytes), ("FSIZE", 0), ("CORE", 0), ("NPROC", 0)):
+    limit = getattr(resource, "RLIMIT_" + what)
+    resource.setrlimit(limit, (most, most))
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+BARRED = tuple('''socket. subprocess. ctypes. shutil. ftplib. smtplib. urllib. http. pty. sqlite3. signal. os.system os.exec
+    os.spawn os.posix_spawn os.fork os.kill os.remove os.rename os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod
+    os.chown os.setxattr os.putenv'''.split())
+def bar(event, args):
+    if event.startswith(BARRED) or event == "open" and (args[2] or 0) & WRITES:
+        raise PermissionError(event)
+sys.addaudithook(bar)
+exec(compile(program, "answer", "exec"), {"__name__": "__main__"})
+os.write(done, token.encode())
+os._exit(0)
+"""
+
+
+def code_in(answer: str) -> str:
+    """Return the code of an answer: what stands in its first fence, or all of it."""
+    found = _FENCED.search(answer)
+    return found[1] if found else answer
+
+
+def passes(program: str) -> bool:
+    """Return whether a Python program runs to its end, within the limits and without an exception."""
+    token = secrets.token_hex(16)  # a program that leaves early does not know it
+    with tempfile.TemporaryDirectory(prefix="edgecl-sandbox-") as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-B", "-c", _RUNNER, str(CPU_S), str(MEMORY_BYTES)],
+                input=f"{token}\n{program}".encode("utf-8", "replace"),
+                capture_output=True,
+                timeout=WALL_S,
+                cwd=folder,
+                env={"PYTHONIOENCODING": "utf-8"},
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0 and done.stdout == token.encode()
