@@ -154,7 +154,7 @@ def run_stream(
                 run = _Run(
                     stream.joined() if cell.joint else stream, cell, root / cell.name, model, gate, compare, settings, progress
                 )
-                write_atomic(path, json.dumps(run.run(first), indent=1) + "\n")
+                write_atomic(path, json.dumps(run.run(first)) + "\n")
             yield json.loads(path.read_text("utf-8"))
         shutil.rmtree(first.folder, ignore_errors=True)
 
@@ -191,13 +191,13 @@ class _Run:
         tasks, n = self.stream.tasks, len(self.stream.tasks)
         accuracy, loss = np.full((n, n), np.nan), np.full((n, n), np.nan)
         nights: list[dict[str, Any]] = []
-        learned: list[FloatArray] = []  # what was right of each task after its own night
+        rows: list[dict[str, Any]] = []
         shutil.rmtree(self.home, ignore_errors=True)
         if goes_on := first.serves(self.cell):
             shutil.copytree(first.folder, self.home, symlinks=True)
-            start, accuracy[0], loss[0], right, night = first.state
+            start, accuracy[0], loss[0], row, night = first.state
             nights.append(night)
-            learned.append(right)
+            rows.append(row)
         with self._open(goes_on) as learner:
             meter = learner.meter(self.progress)
             if not goes_on:
@@ -211,11 +211,11 @@ class _Run:
                 known = tasks[: i + 2]
                 scores = meter.scores(learner.generations.current(), self._tests(known))
                 accuracy[i, : len(known)], loss[i, : len(known)] = self._by_task(scores, known)
-                learned.append(self._right(scores, task))
+                rows.append({t: self._row_scores(scores, t) for t in known})
                 facts = report.as_dict()
                 nights.append({"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")})
                 if i == 0 and n > 1 and not first.cell:
-                    state = start, accuracy[0].copy(), loss[0].copy(), learned[0], nights[0]
+                    state = start, accuracy[0].copy(), loss[0].copy(), rows[0], nights[0]
                     first.cell, first.state = self.cell, state
                     shutil.copytree(self.home, first.folder, symlinks=True)
             result = {
@@ -225,12 +225,16 @@ class _Run:
                 "bwt": backward_transfer(accuracy),
                 "fwt": forward_transfer(accuracy, start),
                 "forgetting": forgetting(accuracy),
-                "intervals": stream_intervals(learned, [self._right(scores, task) for task in tasks]),
+                "intervals": stream_intervals(
+                    [_right(row[task]) for row, task in zip(rows, tasks, strict=True)],
+                    [_right(rows[-1][task]) for task in tasks],
+                ),
                 "matrix": _plain(accuracy),
                 "answer_loss_nats": _plain(loss),
                 "base": [round(float(x), 4) for x in start],
                 "n_test": {task: len(self.stream.test[task]) for task in tasks},
                 "nights": nights,
+                "rows": rows,
             }
             if self.cell.quant != "int8":
                 result["against_int8"] = self._against_int8(learner, meter, scores)
@@ -253,13 +257,19 @@ class _Run:
     def _tests(self, tasks: Sequence[str]) -> list[Example]:
         return [row for task in tasks for row in self.stream.test[task]]
 
-    def _right(self, scores: dict[str, Scored], task: str) -> FloatArray:
-        return np.array([float(scores[row.hash].correct) for row in self.stream.test[task]])
+    def _row_scores(self, scores: dict[str, Scored], task: str) -> dict[str, Any]:
+        """Return what was right of a task's test rows, in their order, as a string of 0 and 1, and their answer losses."""
+        found = [scores[row.hash] for row in self.stream.test[task]]
+        return {
+            "right": "".join(str(int(score.correct)) for score in found),
+            "loss_nats": [round(score.loss_nats, 4) for score in found],
+        }
 
     def _by_task(self, scores: dict[str, Scored], tasks: Sequence[str]) -> tuple[FloatArray, FloatArray]:
         """Return (accuracy, answer loss in nats) of each task."""
-        losses = [np.mean([scores[row.hash].loss_nats for row in self.stream.test[task]]) for task in tasks]
-        return np.array([self._right(scores, task).mean() for task in tasks]), np.array(losses)
+        found = [[scores[row.hash] for row in self.stream.test[task]] for task in tasks]
+        losses = [np.mean([score.loss_nats for score in part]) for part in found]
+        return np.array([np.mean([score.correct for score in part]) for part in found]), np.array(losses)
 
     def _base_accuracy(self, learner: Learner, meter: Meter) -> FloatArray:
         """Return the accuracy of the untouched base on every task, at the type that is served."""
@@ -288,6 +298,10 @@ class _Run:
             "accuracy": float(np.mean([float(b.correct) - float(a.correct) for a, b in pairs])),
             "n_rows": len(pairs),
         }
+
+
+def _right(scores: dict[str, Any]) -> FloatArray:
+    return np.array([float(digit) for digit in scores["right"]])
 
 
 def _plain(matrix: np.ndarray[Any, Any]) -> list[list[float | None]]:

@@ -69,6 +69,10 @@ def test_the_matrix_has_what_was_measured_and_nothing_else(results: tuple[list[d
         losses = result["answer_loss_nats"]
         assert losses[1][1] < losses[0][1], "the second night did not learn its task"
         assert [night["task"] for night in result["nights"]] == ["left", "right"]
+        for i, row in enumerate(result["rows"]):  # what intervals and comparisons of cells are made from
+            for j, task in enumerate(result["tasks"]):
+                assert row[task]["right"].count("1") / 3 == pytest.approx(matrix[i][j], abs=1e-4)
+                assert sum(row[task]["loss_nats"]) / 3 == pytest.approx(losses[i][j], abs=1e-3)
     assert results[0][0]["matrix"][0] == results[0][1]["matrix"][0], "both cells have their first night in common"
 
 

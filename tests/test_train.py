@@ -78,7 +78,7 @@ def answer_loss(base, adapter, rows) -> float:
     lora = None if adapter is None else warm(base, decoder, adapter, FAST.r, FAST.lora_alpha)
     with torch.no_grad():
         total = sum(losses(decoder, lora, [], [row], None).answers.item() for row in rows)
-    return total / sum(row.n_predicted for row in rows)
+    return total / len(rows)
 
 
 RESIDENT = {"resident": (None, True), "packed": (0, False), "half packed": (1, False), "checkpointed": (None, True)}
@@ -107,9 +107,9 @@ def reference_gradients(written, base, adapter, rows, anchor, weight, question_w
         got, target = logits(row.ids, merged), F.one_hot(torch.tensor(row.ids), N_VOCAB).float()
         for t, choices in zip(where, row.likely, strict=False):
             target[t] = sum(share * target.new_zeros(N_VOCAB).index_fill(0, torch.tensor(v), 1) for v, share in choices)
-        loss = loss + F.cross_entropy(got[[t - 1 for t in where]], target[where], reduction="sum")
+        loss = loss + F.cross_entropy(got[[t - 1 for t in where]], target[where])
         questions = questions + F.cross_entropy(got[[t - 1 for t in asked]], target[asked], reduction="sum")
-    mean = loss / sum(row.n_predicted for row in rows)
+    mean = loss / len(rows)
     p = torch.log_softmax(logits(anchor, {}).detach(), -1)
     q = torch.log_softmax(logits(anchor, merged), -1)
     drift = (p.exp() * (p - q)).sum(-1).mean()

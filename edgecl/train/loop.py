@@ -354,24 +354,24 @@ def backward(
     micro_tokens: int,
     latents: Latents | None = None,
 ) -> float:
-    """Add the gradient of a batch, in parts of at most `micro_tokens`; return its mean answer loss in nats."""
-    n_predicted, n_asked = sum(row.n_predicted for row in rows), sum(row.n_asked for row in rows)
+    """Add the gradient of a batch, in parts of at most `micro_tokens`; return its rows' mean answer loss in nats."""
+    n_asked = sum(row.n_asked for row in rows)
     total = 0.0
     for part in micro_batches(rows, len(prefix), micro_tokens):
         answers, questions, drift = losses(decoder, lora, prefix, part, anchor, latents, question_weight > 0)
-        (answers / n_predicted + question_weight / max(n_asked, 1) * questions + anchor_weight * drift).backward()
+        (answers / len(rows) + question_weight / max(n_asked, 1) * questions + anchor_weight * drift).backward()
         total += answers.item()
         anchor = None  # once a batch
-    return total / n_predicted
+    return total / len(rows)
 
 
 @torch.no_grad()
 def answer_loss(decoder: Decoder, lora: Lora | None, rows: Sequence[TrainRow], micro_tokens: int) -> float:
-    """Return the mean answer loss of rows, in nats per token."""
+    """Return the mean answer loss of rows, of each the mean over its tokens, in nats."""
     prefix = shared_prefix(rows)
     parts = micro_batches(rows, len(prefix), micro_tokens)
     total = sum(losses(decoder, lora, prefix, part, None).answers.item() for part in parts)
-    return total / sum(row.n_predicted for row in rows)
+    return total / len(rows)
 
 
 def _threads_beside_the_assistant() -> int:

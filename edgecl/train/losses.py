@@ -82,7 +82,14 @@ def _expected(decoder: Decoder, texts: Sequence[list[int]], latents: Latents | N
 
 
 class Losses(NamedTuple):
-    """Losses in nats: summed over the tokens of answers, summed over those of questions, per token of the anchor's KL."""
+    """Losses in nats.
+
+    Attributes:
+        answers: summed over the rows, of each the mean over the tokens of its answers: a long answer counts as much as a
+            short one, in training as in measuring.
+        questions: summed over the tokens of questions.
+        drift: the anchor's KL divergence per token.
+    """
 
     answers: torch.Tensor
     questions: torch.Tensor
@@ -128,7 +135,8 @@ def losses(
     of_answers, of_questions, of_anchor = each.split([n_answers, len(questions), n_anchor])
     times = torch.tensor(list(questions.values()), dtype=torch.float32, device=each.device)
     drift = of_anchor.mean() - anchor.entropy if anchor is not None else each.new_zeros(())
-    return Losses(of_answers.sum(), of_questions @ times, drift)
+    shares = torch.tensor([1 / row.n_predicted for row in rows for _ in range(row.n_predicted)], dtype=torch.float32)
+    return Losses(of_answers @ shares.to(each.device), of_questions @ times, drift)
 
 
 def _answers(weights: Weights, rows: Sequence[TrainRow]) -> tuple[list[int], list[torch.Tensor]]:

@@ -1,0 +1,86 @@
+"""The verdicts of the grid: they follow the rows, seeds that are not whole are left out, pictures are drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.less_is_more import verdicts
+
+TASKS, SHARES, N_ROWS = ["words", "sums", "code"], (0.0, 0.001, 0.02, 0.05, 0.1), 40
+
+
+def scores(share_right: float) -> dict[str, Any]:
+    n_right = round(share_right * N_ROWS)
+    return {"right": "1" * n_right + "0" * (N_ROWS - n_right), "loss_nats": [0.5] * N_ROWS}
+
+
+def cell(arm: str, share: float, seed: int) -> dict[str, Any]:
+    """Return a cell in which F16 learns the first task best, INT8 the others, and the first is lost without a buffer."""
+    kept = {0.0: 0.1, 0.001: 0.4, 0.02: 0.8}.get(share, 0.8)
+    own = {"words": 0.95 if arm == "f16" else 0.8, "sums": 0.8 if arm == "int8" else 0.5, "code": 0.05}
+    rows = []
+    for after in range(3):
+        rows.append({task: scores(own[task] if i == after else kept * own[task]) for i, task in enumerate(TASKS[: after + 2])})
+    return {"precision": arm, "replay": share, "seed": seed, "tasks": TASKS, "rows": rows}
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    for arm in ("f16", "int8", "int4"):
+        for share in SHARES:
+            for seed in (0, 1, 2):
+                if (arm, share, seed) != ("int4", 0.1, 2):
+                    (tmp_path / f"base-{arm}-{share}-{seed}.json").write_text(json.dumps(cell(arm, share, seed)))
+    return tmp_path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for task in TASKS:
+            answers = ["same"] * N_ROWS if task == "code" else [str(i) for i in range(N_ROWS)]
+            lines = (json.dumps({"prompt": f"{task} {i}", "completion": answer}) for i, answer in enumerate(answers))
+            (tmp_path / split / f"{task}.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_verdicts_follow_the_rows(cells: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    bench = cells / "bench.json"
+    bench.write_text(json.dumps({"f16": {"tg128": 10.0, "pp512": 100.0}, "int8": {"tg128": 25.0, "pp512": 90.0}}))
+    out = cells / "out"
+    monkeypatch.setattr("sys.argv", ["verdicts.py", str(cells), str(data), "--bench", str(bench), "--out", str(out)])
+    verdicts.main()
+    found = json.loads((out / "verdicts.json").read_text())
+    assert found["seeds"] == [0, 1], "a seed that lacks a cell is left out"
+    assert found["beats_majority"] == {"words": True, "sums": True, "code": False}
+    by_part = {(v["claim"], v["part"]): v for v in found["verdicts"]}
+    assert len(by_part) == len(found["verdicts"])
+
+    def verdict(claim: str, part: str) -> str:
+        (one,) = (v["verdict"] for v in found["verdicts"] if claim in v["claim"] and part in v["part"])
+        return str(one)
+
+    assert verdict("best on the first", "Q8_0") == verdict("best on the first", "Q4_0") == "replicated"
+    assert verdict("better on later", "Q8_0 − F16, sums") == "replicated"
+    assert verdict("better on later", "Q4_0 − F16, sums") == "not replicated"
+    assert verdict("better on later", "Q8_0 − F16, code").startswith("not testable")
+    assert verdict("0.1% replay lifts", "F16") == "replicated"
+    assert verdict("best balance", "Q4_0") == "replicated"
+    assert verdict("suffices for words", "2%") == "replicated"
+    assert verdict("faster", "tg128") == "replicated" and verdict("faster", "pp512") == "not replicated"
+    for gap in (v for v in found["verdicts"] if v["low"] is not None):
+        assert gap["low"] <= gap["gap"] <= gap["high"]
+    assert {path.name for path in out.glob("*.png")} == {"forward.png", "retention.png"}
+    assert capsys.readouterr().out.count("\n") == 2 + len(found["verdicts"])
+
+
+def test_a_grid_without_a_whole_seed_is_refused_in_one_line(cells: Path) -> None:
+    found = [json.loads(path.read_text()) for path in cells.glob("base-int4-0.1-*.json")]
+    found += [json.loads(path.read_text()) for path in cells.glob("base-f16-0.05-2.json")]
+    with pytest.raises(SystemExit, match="no seed has all cells of f16, int4"):
+        verdicts.Grid(found)
