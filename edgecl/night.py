@@ -115,7 +115,7 @@ class Night:
         try:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
-            self._train(draft, yesterday, new, replay, self._write(yesterday, len(new)))
+            self._train(draft, yesterday, new, replay, self._write(yesterday, len(new), replay))
             learned = _learned_rows(plan, new)
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
@@ -163,7 +163,7 @@ class Night:
             plan |= {task: (kind, examples) for task, examples in by_task.items() if task not in plan}
         return plan
 
-    def _write(self, yesterday: Generation, n_new: int) -> list[Any]:
+    def _write(self, yesterday: Generation, n_new: int, replay: list[Stored]) -> list[Any]:
         """Return rows that yesterday's model writes: of what earlier nights taught it, and of what its base was made for."""
         n, report = min(self.settings.replay.written, max(n_new, MIN_WRITTEN)), self.report
         if not n:
@@ -173,6 +173,7 @@ class Night:
             "model": str(yesterday.model),
             "adapter": str(yesterday.adapter) if yesterday.adapter else None,
             "engine": self.meter.engine,
+            "replay": [record_of(row.example) for row in replay],
             "n": n,
             "seed": self.generations.next_number(),
         }

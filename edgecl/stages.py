@@ -91,8 +91,11 @@ def write_stage(request: Request, report: Report) -> Request:
         Engine(request["model"], request["adapter"], **request["engine"]) as engine,
         GgufFile(request["base"]) as base,
     ):
-        around = chat_format(base, engine.vocab).around_question
-        rows = write_rows(engine, *around, request["n"], request["seed"], lambda done, total: report(done, total, "rows"))
+        chats = chat_format(base, engine.vocab)
+        around = chats.around_question
+        replay = [chats.encode(example_from(record)) for record in request["replay"]]
+        kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in replay if row.asked[1]]
+        rows = write_rows(engine, *around, request["n"], request["seed"], kept, lambda done, total: report(done, total, "rows"))
         return {"written": [asdict(row) for row in rows]}
 
 

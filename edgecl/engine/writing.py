@@ -1,7 +1,8 @@
 """Rows that a model writes itself: what it might be asked, drawn from its own distribution, and what it answers.
 
-Generative replay: a model that has learned to predict questions as well as answers can rehearse what no store has kept. Many
-rows are written at once; where one is done, the next begins in its place.
+Generative replay: a model that has learned to predict questions as well as answers can rehearse what no store has kept. Most
+questions begin like one that was kept, if any was, and are drawn from there on: they are near what was really asked, and
+about all of it alike. Many rows are written at once; where one is done, the next begins in its place.
 
 Source:
     Sun, Ho & Lee 2020, "LAMOL: LAnguage MOdeling for Lifelong Language Learning".
@@ -9,7 +10,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from .session import Engine, F32Array
 
 MAX_ASKED, MAX_ANSWER = 48, 32  # tokens; a longer question is given up, a longer answer is cut
 TEMPERATURE = 0.9
+BEGUN = 0.8  # of the questions begin like one that was kept, if any was
 N_LIKELY = 8
 TOKENS_A_ROW = 20  # where rows are longer, fewer are written: time is what a night has little of
 
@@ -55,6 +57,7 @@ def write_rows(
     after: Sequence[int],
     n: int,
     seed: int,
+    kept: Sequence[Sequence[int]] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Written]:
     """Return at most n rows that the engine's model writes: fewer where they are long, or what it asks comes to no end.
@@ -62,6 +65,7 @@ def write_rows(
     Args:
         before, after: the template's ids around what a user says in a first turn; the first of `after` ends the turn.
         seed: decides what is asked; the same seed, model and thread count write the same rows.
+        kept: ids of questions that were really asked.
 
     Raises:
         EngineError: llama.cpp failed.
@@ -72,6 +76,7 @@ def write_rows(
     rng = np.random.default_rng(seed)
     engine.clear()
     engine.feed(before[:-1], 0, engine.n_seq)
+    beginnings = _beginnings(kept, rng)
     drafts: dict[int, _Draft] = {}
     out: list[Written] = []
     n_begun = n_tokens = 0
@@ -80,7 +85,8 @@ def write_rows(
             is_wanted = len(out) + len(drafts) < n and n_begun < 2 * n and n_tokens < TOKENS_A_ROW * n
             if is_wanted and slot not in drafts:
                 engine.copy_prefix(engine.n_seq, slot, len(before) - 1)
-                drafts[slot] = _Draft(Written(), len(before) - 1, [before[-1]])
+                begun = next(beginnings)
+                drafts[slot] = _Draft(Written(begun), len(before) - 1, [before[-1], *begun])
                 n_begun += 1
         if not drafts:
             return out
@@ -94,6 +100,19 @@ def write_rows(
         progress(len(out), n)
 
 
+def _beginnings(kept: Sequence[Sequence[int]], rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yield what the next question begins with: half of a kept one or more, each as often as any other, or nothing."""
+    usable = [list(question) for question in kept if len(question) > 1]
+    turns: list[int] = []
+    while True:
+        if not usable or rng.random() >= BEGUN:
+            yield []
+            continue
+        turns = turns or rng.permutation(len(usable)).tolist()
+        question = usable[turns.pop()][: MAX_ASKED - 1]
+        yield question[: rng.integers(len(question) // 2, len(question))]
+
+
 def _advance(engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], rng: np.random.Generator) -> None:
     """Feed every draft's next tokens and let it take what the model says then."""
     items = []
@@ -101,8 +120,10 @@ def _advance(engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], rn
         last = len(draft.feed) - 1
         items += [(token, draft.position + i, slot, i == last) for i, token in enumerate(draft.feed)]
         draft.position += len(draft.feed)
-    for draft, logits in zip(drafts.values(), engine.forward(items), strict=True):
-        _take(draft, logits, engine.vocab.is_end, after, rng)
+    waiting = iter(drafts.values())
+    for first in range(0, len(items), engine.n_batch):
+        for logits in engine.forward(items[first : first + engine.n_batch]):
+            _take(next(waiting), logits, engine.vocab.is_end, after, rng)
 
 
 def _take(
