@@ -105,7 +105,7 @@ def test_long_rows_are_fewer(tmp_path):
 def test_questions_without_an_end_are_given_up(tmp_path):
     with open_engine(write_talker(tmp_path / "talks on.gguf", 5, 0)) as engine:
         done = []
-        assert write_rows(engine, BEFORE, AFTER, 3, 1, lambda *where: done.append(where)) == []
+        assert write_rows(engine, BEFORE, AFTER, 3, 1, progress=lambda *where: done.append(where)) == []
     assert done[-1] == (0, 3)
 
 
