@@ -7,7 +7,9 @@ touched; rows leave `pending` only after that.
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ from .replay import choose, quota
 from .store import Store, Stored
 
 MIN_WRITTEN = 64  # rows for a small night; a large one has as many as it has new ones, up to replay.written
+BEGUN = 0.8  # of the written rows begin like kept ones, if any were
 
 Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
 
@@ -164,24 +167,46 @@ class Night:
         return plan
 
     def _write(self, yesterday: Generation, n_new: int, replay: list[Stored]) -> list[Any]:
-        """Return rows that yesterday's model writes: of what earlier nights taught it, and of what its base was made for."""
+        """Return rows that the models of earlier nights write.
+
+        Yesterday's model writes what comes to its mind: of what nights have taught it, and of what its base was made for.
+        Questions that begin like a kept row are written and answered by the generation that learned it, which knows it best:
+        what later nights made worse is not handed on.
+        """
         n, report = min(self.settings.replay.written, max(n_new, MIN_WRITTEN)), self.report
         if not n:
             return []
-        request = {
-            "base": self.settings.base,
-            "model": str(yesterday.model),
-            "adapter": str(yesterday.adapter) if yesterday.adapter else None,
-            "engine": self.meter.engine,
-            "replay": [record_of(row.example) for row in replay],
-            "n": n,
-            "seed": self.generations.next_number(),
-        }
+        number = self.generations.next_number()
+        shuffled = random.Random(number).sample(replay, len(replay))
+        begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
+        by_adapter: dict[Path | None, list[Stored]] = {}
+        for row in begun:
+            by_adapter.setdefault(self._adapter_of(row, yesterday), []).append(row)
+        parts: list[tuple[Path, Path | None, list[Stored], int]]
+        parts = [(yesterday.model, yesterday.adapter, [], n - len(begun))]
+        parts += [(Path(self.settings.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
+        writers = [
+            {
+                "model": str(model),
+                "adapter": str(adapter) if adapter else None,
+                "replay": [record_of(row.example) for row in rows],
+                "n": n_rows,
+                "seed": 1000 * number + i,
+            }
+            for i, (model, adapter, rows, n_rows) in enumerate(parts)
+        ]
+        request = {"base": self.settings.base, "engine": self.meter.engine, "writers": writers}
         began = time.perf_counter()
         result, peak = run_stage("write", request, replace(self.limits, nice=self.profile.nice), self.progress)
         report.n_written, report.write_s = len(result["written"]), time.perf_counter() - began
         report.peak_rss_bytes = max(report.peak_rss_bytes, peak)
         return list(result["written"])
+
+    def _adapter_of(self, row: Stored, yesterday: Generation) -> Path | None:
+        """Return the adapter of the generation that learned a row; yesterday's, where that is gone or was rolled back."""
+        number = row.generation or 0
+        own = [self.generations.folder / f"{number:04d}"] if number <= yesterday.number else []
+        return next((path for folder in (*own, yesterday.folder) if (path := folder / "adapter.gguf").is_file()), None)
 
     def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)

@@ -6,6 +6,7 @@ that comes in and goes out is paths, numbers and rows, so a stage can be run by 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -84,19 +85,28 @@ def anchor_pieces(vocab: Any) -> list[list[int]]:
 
 
 def write_stage(request: Request, report: Report) -> Request:
-    """Have a model write rows to rehearse: what it might be asked, and what it answers."""
+    """Have models write rows to rehearse: what they might be asked, and what they answer."""
     from .engine import Engine, write_rows
 
-    with (
-        Engine(request["model"], request["adapter"], **request["engine"]) as engine,
-        GgufFile(request["base"]) as base,
-    ):
-        chats = chat_format(base, engine.vocab)
-        around = chats.around_question
-        replay = [chats.encode(example_from(record)) for record in request["replay"]]
-        kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in replay if row.asked[1]]
-        rows = write_rows(engine, *around, request["n"], request["seed"], kept, lambda done, total: report(done, total, "rows"))
-        return {"written": [asdict(row) for row in rows]}
+    written: list[Any] = []
+    total = sum(writer["n"] for writer in request["writers"])
+
+    def say(done: int, _: int) -> None:
+        report(len(written) + done, total, "rows")
+
+    with contextlib.ExitStack() as stack, GgufFile(request["base"]) as base:
+        engine = None
+        for writer in request["writers"]:
+            if engine is None:
+                engine = stack.enter_context(Engine(writer["model"], writer["adapter"], **request["engine"]))
+                chats = chat_format(base, engine.vocab)
+            else:
+                engine.switch(writer["model"], writer["adapter"])
+            rows = [chats.encode(example_from(record)) for record in writer["replay"]]
+            kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1]]
+            found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, say)
+            written += [asdict(row) for row in found]
+    return {"written": written}
 
 
 def train_stage(request: Request, report: Report) -> Request:

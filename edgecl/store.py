@@ -35,11 +35,16 @@ ROLES = ("pending", "replay", "heldout", "archive")
 
 @dataclass(frozen=True)
 class Stored:
-    """A row of the store."""
+    """A row of the store.
+
+    Attributes:
+        generation: the one that learned it; None of rows that were not learned.
+    """
 
     id: int
     role: str
     example: Example
+    generation: int | None = None
 
 
 @dataclass
@@ -181,7 +186,7 @@ class Store:
             where, arguments = where + " and task = ?", [role, task]
         with self._reading():
             return [
-                Stored(row["id"], row["role"], _example(row))
+                Stored(row["id"], row["role"], _example(row), row["generation"])
                 for row in self._db.table("examples").rows_where(where, arguments, order_by="id")
             ]
 

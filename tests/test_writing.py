@@ -9,7 +9,7 @@ import torch
 from tiny import END, START, Tiny, random_tokens, torch_model, write_model
 
 from edgecl.engine import GGML_TYPE_F32, Engine, write_rows
-from edgecl.engine.writing import BEGUN, MAX_ANSWER, MAX_ASKED, N_LIKELY, TEMPERATURE, TOKENS_A_ROW
+from edgecl.engine.writing import MAX_ANSWER, MAX_ASKED, N_LIKELY, TEMPERATURE, TOKENS_A_ROW
 
 BEFORE = [START, *random_tokens(8, seed=60)]
 AFTER = [END, *random_tokens(3, seed=61)]
@@ -74,8 +74,8 @@ def test_questions_are_drawn_from_the_models_distribution(talker):
         assert seen[int(token)] / len(rows) == pytest.approx(shares[token], abs=4 * error)
 
 
-def test_most_questions_begin_like_one_that_was_kept(talker):
-    kept = [random_tokens(10, seed=70 + i) for i in range(4)] + [random_tokens(3 * MAX_ASKED, seed=80), [7]]
+def test_questions_begin_like_those_that_were_kept(talker):
+    kept = [random_tokens(10, seed=70 + i) for i in range(4)] + [random_tokens(3 * MAX_ASKED, seed=80)]
     with open_engine(talker, n_batch=16) as engine:  # less than what all of them begin with
         rows = write_rows(engine, BEFORE, AFTER, 200, 4, kept)
         plain = write_rows(engine, BEFORE, AFTER, 200, 4)
@@ -83,12 +83,12 @@ def test_most_questions_begin_like_one_that_was_kept(talker):
 
     def alike(row) -> list[int]:
         """Return which kept questions a row shares half with; of a long one, half of what a question may have."""
-        halves = [question[: min(len(question), MAX_ASKED - 1) // 2] for question in kept[:5]]
+        halves = [question[: min(len(question), MAX_ASKED - 1) // 2] for question in kept]
         return [i for i, half in enumerate(halves) if row.asked[: len(half)] == half]
 
     assert not any(alike(row) for row in plain)
     counts = Counter(i for row in rows for i in alike(row))
-    assert sum(counts.values()) / len(rows) == pytest.approx(BEGUN, abs=0.12)
+    assert all(alike(row) for row in rows)
     assert max(counts[i] for i in range(4)) < 1.3 * min(counts[i] for i in range(4)), counts  # in turn
     again = [tuple(row.asked) for row in rows if 0 in alike(row)]
     assert len(set(again)) > 0.4 * len(again), "each goes on in its own way"

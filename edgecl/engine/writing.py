@@ -1,8 +1,8 @@
 """Rows that a model writes itself: what it might be asked, drawn from its own distribution, and what it answers.
 
-Generative replay: a model that has learned to predict questions as well as answers can rehearse what no store has kept. Most
-questions begin like one that was kept, if any was, and are drawn from there on: they are near what was really asked, and
-about all of it alike. Many rows are written at once; where one is done, the next begins in its place.
+Generative replay: a model that has learned to predict questions as well as answers can rehearse what no store has kept. Where
+some were kept, questions begin like those and are drawn from there on: they are near what was really asked, and about all of
+it alike. Many rows are written at once; where one is done, the next begins in its place.
 
 Source:
     Sun, Ho & Lee 2020, "LAMOL: LAnguage MOdeling for Lifelong Language Learning".
@@ -19,7 +19,6 @@ from .session import Engine, F32Array
 
 MAX_ASKED, MAX_ANSWER = 48, 32  # tokens; a longer question is given up, a longer answer is cut
 TEMPERATURE = 0.9
-BEGUN = 0.8  # of the questions begin like one that was kept, if any was
 N_LIKELY = 8
 TOKENS_A_ROW = 20  # where rows are longer, fewer are written: time is what a night has little of
 
@@ -65,7 +64,8 @@ def write_rows(
     Args:
         before, after: the template's ids around what a user says in a first turn; the first of `after` ends the turn.
         seed: decides what is asked; the same seed, model and thread count write the same rows.
-        kept: ids of questions that were really asked.
+        kept: ids of questions that were really asked; each row begins like one of them, in turn. None: all of a question is
+            drawn.
 
     Raises:
         EngineError: llama.cpp failed.
@@ -101,16 +101,12 @@ def write_rows(
 
 
 def _beginnings(kept: Sequence[Sequence[int]], rng: np.random.Generator) -> Iterator[list[int]]:
-    """Yield what the next question begins with: half of a kept one or more, each as often as any other, or nothing."""
-    usable = [list(question) for question in kept if len(question) > 1]
+    """Yield what the next question begins with: half of a kept one or more, each as often as any other."""
     turns: list[int] = []
     while True:
-        if not usable or rng.random() >= BEGUN:
-            yield []
-            continue
-        turns = turns or rng.permutation(len(usable)).tolist()
-        question = usable[turns.pop()][: MAX_ASKED - 1]
-        yield question[: rng.integers(len(question) // 2, len(question))]
+        turns = turns or rng.permutation(len(kept)).tolist()
+        question = list(kept[turns.pop()][: MAX_ASKED - 1]) if turns else []
+        yield question[: rng.integers(len(question) // 2, len(question))] if question else []
 
 
 def _advance(engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], rng: np.random.Generator) -> None:

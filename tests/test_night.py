@@ -1,0 +1,80 @@
+"""Who writes what a night rehearses: yesterday's model, and for each kept row the generation that learned it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from edgecl import Learner, night
+from edgecl.engine import Engine, write_rows
+from edgecl.profile import ReplaySettings, TrainSettings
+from edgecl.stages import chat_format, example_from
+from edgecl_convert import GgufFile
+from tests import tiny
+
+TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=5, learning_rate=0.02, anchor_weight=0.0)
+NIGHTS = [{"anne": "left", "the inn": "right"}, {"a hen": "left", "then": "right"}, {"an ant": "in"}, {"in tea": "on"}]
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], list[Any]]]:
+    """What the writing stage was asked for and what it wrote, by night."""
+    seen: list[tuple[dict[str, Any], list[Any]]] = []
+    real = night.run_stage
+
+    def watched(stage: str, request: dict[str, Any], *rest: Any) -> Any:
+        result = real(stage, request, *rest)
+        if stage == "write":
+            seen.append((request, result[0]["written"]))
+        return result
+
+    monkeypatch.setattr(night, "run_stage", watched)
+    return seen
+
+
+def adapt(learner: Learner, rows: dict[str, str]) -> None:
+    learner.observe([json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows.items()])
+    assert learner.adapt(gate="report").accepted
+
+
+def asked(writer: dict[str, Any]) -> set[str]:
+    return {record[0][0][1] for record in writer["replay"]}
+
+
+def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
+    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    replay = ReplaySettings(share=1.0, written=10)
+    with Learner.init(base, tmp_path / "home", replay=replay, train=TRAIN) as learner:
+        for rows in NIGHTS[:3]:
+            adapt(learner, rows)
+        folder = learner.generations.folder
+        learner.rollback(1)
+        adapt(learner, NIGHTS[3])
+    first, _, third, after_rollback = (request["writers"] for request, _ in requests)
+
+    assert [(w["model"], w["adapter"], w["replay"], w["n"]) for w in first] == [(str(base), None, [], 10)]
+    assert sum(writer["n"] for writer in third) == 10
+    assert Path(third[0]["model"]).parent == folder / "0002" and third[0]["adapter"] is None and not third[0]["replay"]
+    assert {w["model"] for w in third[1:]} == {str(base)}
+    taught = {Path(writer["adapter"]).parent.name: asked(writer) for writer in third[1:]}
+    assert taught == {"0001": set(NIGHTS[0]), "0002": set(NIGHTS[1])}
+
+    (writer,) = after_rollback[1:]  # what was rolled back teaches nothing: the one that serves again does
+    assert Path(writer["adapter"]).parent.name == "0001"
+    assert asked(writer) == set(NIGHTS[0]) | set(NIGHTS[1]) | set(NIGHTS[2])
+
+    request, written = requests[2]
+    alone: list[Any] = []
+    for writer in third:
+        with Engine(writer["model"], writer["adapter"], **request["engine"]) as engine, GgufFile(base) as file:
+            chats = chat_format(file, engine.vocab)
+            rows = [chats.encode(example_from(record)) for record in writer["replay"]]
+            kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows]
+            alone += write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept)
+    assert [(row["asked"], row["answer"]) for row in written] == [(row.asked, row.answer) for row in alone]
