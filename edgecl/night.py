@@ -30,8 +30,9 @@ from .profile import Profile, Settings
 from .replay import choose, quota
 from .store import Store, Stored
 
-MIN_WRITTEN = 64  # rows for a small night; a large one has as many as it has new ones, up to replay.written
-BEGUN = 0.8  # of the written rows begin like kept ones, if any were
+MIN_WRITTEN = 64  # rows for a small night
+WRITTEN_A_ROW = 5 / 3  # rows for each new one of a larger night, up to replay.written; on a first night, one
+BEGUN = 0.9  # of the written rows begin like kept ones, if any were
 
 Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
 
@@ -173,9 +174,10 @@ class Night:
         Questions that begin like a kept row are written and answered by the generation that learned it, which knows it best:
         what later nights made worse is not handed on.
         """
-        n, report = min(self.settings.replay.written, max(n_new, MIN_WRITTEN)), self.report
+        n = min(self.settings.replay.written, max(round(n_new * (WRITTEN_A_ROW if replay else 1)), MIN_WRITTEN))
         if not n:
             return []
+        report = self.report
         number = self.generations.next_number()
         shuffled = random.Random(number).sample(replay, len(replay))
         begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))

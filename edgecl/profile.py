@@ -84,7 +84,7 @@ class TrainSettings:
     epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8
-    replay_rows: int = 8
+    replay_rows: int = 12
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.05
@@ -138,13 +138,13 @@ class ReplaySettings:
     Attributes:
         share: of each night's rows, the most that may be kept for rehearsal (one row at least when above 0).
         heldout: of each task's rows, what is set aside for measuring and never trained on.
-        written: rows, at most, that last night's model writes itself each night, for rehearsal beside the kept ones; none is
-            stored.
+        written: rows, at most, that the models of earlier nights write each night, for rehearsal beside the kept ones; none
+            is stored.
         archive: keep every learned row.
     """
 
     share: float = 0.1
-    written: int = 256
+    written: int = 448
     heldout: float = 0.1
     archive: bool = False
 
