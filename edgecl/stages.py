@@ -99,9 +99,9 @@ def write_stage(request: Request, report: Report) -> Request:
         for writer in request["writers"]:
             if engine is None:
                 engine = stack.enter_context(Engine(writer["model"], writer["adapter"], **request["engine"]))
-                chats = chat_format(base, engine.vocab)
             else:
                 engine.switch(writer["model"], writer["adapter"])
+            chats = chat_format(base, engine.vocab)
             rows = [chats.encode(example_from(record)) for record in writer["replay"]]
             kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1]]
             found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, say)

@@ -266,6 +266,18 @@ def test_closed_engine_says_so(paths):
             use()
 
 
+def test_vocabulary_of_a_closed_model_says_so(paths):
+    with open_engine(paths["llama"]) as engine, VocabFile(paths["llama"]) as alone:
+        before = engine.vocab
+        engine.switch(paths["other"])
+        after = engine.vocab
+        ids = after.encode("the")
+    for vocab in (before, after, alone):
+        for use in (lambda v: v.encode("the"), lambda v: v.piece(ids[0]), lambda v: v.is_end(END), lambda v: v.text_of(ids)):
+            with pytest.raises(EngineError, match="closed"):
+                use(vocab)
+
+
 # --- vocabulary and latency -------------------------------------------------------------------------------------------
 
 

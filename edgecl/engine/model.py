@@ -72,18 +72,27 @@ class Vocab:
     """
 
     def __init__(self, model: Any) -> None:
-        """Read the vocabulary of a llama_model handle, which must outlive this object."""
-        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        """Read the vocabulary of a llama_model handle; it must be closed before the model is freed."""
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         add_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
         self.bos: int | None = llama_cpp.llama_vocab_bos(self._vocab) if add_bos else None
+
+    def close(self) -> None:
+        """Let go of the model; whatever asks for a token afterwards raises EngineError."""
+        self._vocab = None
+
+    def _open(self) -> Any:
+        if self._vocab is None:  # llama.cpp would read freed memory
+            raise EngineError("this vocabulary's model is closed; take that of the model which is open now")
+        return self._vocab
 
     def encode(self, text: str) -> list[int]:
         """Return token ids of `text`; special tokens written in it are recognized, none are added."""
         data = text.encode("utf-8")
         size = len(data) + 8
         buffer = (llama_cpp.llama_token * size)()
-        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, True)
+        n = llama_cpp.llama_tokenize(self._open(), data, len(data), buffer, size, False, True)
         if n < 0:
             raise EngineError(f"llama.cpp could not tokenize a text of {len(data)} bytes")
         return list(buffer[:n])
@@ -93,7 +102,7 @@ class Vocab:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            n = llama_cpp.llama_token_to_piece(self._open(), token, buffer, size, 0, False)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
@@ -109,7 +118,7 @@ class Vocab:
 
     def is_end(self, token: int) -> bool:
         """Return whether the token ends a turn."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        return bool(llama_cpp.llama_vocab_is_eog(self._open(), token))
 
 
 class VocabFile:
@@ -128,4 +137,5 @@ class VocabFile:
         return self.vocab
 
     def __exit__(self, *_: object) -> None:
+        self.vocab.close()
         llama_cpp.llama_model_free(self._model)

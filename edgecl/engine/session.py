@@ -143,6 +143,7 @@ class Engine:
             self._ctx = None
         self._free_adapter()
         if self._model:
+            self._vocab.close()
             llama_cpp.llama_model_free(self._model)
             self._model = None
 
