@@ -56,7 +56,9 @@ def run_demo(say: Callable[[str], None] | None, progress: Progress | None) -> di
         stream = Stream.read(data)
         tell(f"three nights on SmolLM2-135M: {', '.join(stream.tasks)}; {N_TRAIN} examples each, 10% of them rehearsed")
         train = TrainSettings(epochs=2, min_steps=24)
-        cells = run_stream(stream, [Cell(written=112), Cell(replay=0.0, written=0)], compare=QUANTS, train=train, progress=progress)
+        cells = run_stream(
+            stream, [Cell(written=112), Cell(replay=0.0, written=0)], compare=QUANTS, train=train, progress=progress
+        )
         with_replay = next(cells)
         tell("the same without replay, as a control, going on from the same first night")
         control = next(cells)
