@@ -1,6 +1,7 @@
 """What tests of several modules share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +15,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A llama folder as transformers saves it, 64 wide, that a test may change."""
+    from hf_models import build
+
+    build(tmp_path / "mödel", num_hidden_layers=1)
+    return tmp_path / "mödel"

@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face folders for the tests of the export; transformers builds and saves them, nothing of ours does."""
+"""Tiny random Hugging Face folders for the tests of the export; transformers builds and saves them, only `export` is ours."""
 
 import json
 import os
@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from edgecl_convert import HfModel, merge
+
 STD = 0.2  # with the usual 0.02 attention is nearly uniform, and a wrong rotary base hides
 EPS, GEMMA3_EPS = 1e-3, 3e-2  # large enough that ten times as much is seen
 N_VOCAB, WIDTH, N_HEAD, N_KV, CONTEXT = 96, 64, 4, 2, 256
@@ -32,6 +34,7 @@ LLAMA3 = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+FULL, SLIDING = "full_attention", "sliding_attention"  # of gemma3's layers
 _CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -106,3 +109,10 @@ def edit_weights(folder: Path, **changed: np.ndarray | None) -> None:
     path = folder / "model.safetensors"
     weights: dict[str, Any] = load_file(path) | {name.replace("__", "."): value for name, value in changed.items()}
     save_file({name: value for name, value in weights.items() if value is not None}, path, {"format": "pt"})
+
+
+def export(folder: Path, out: Path, quant: str = "F32") -> Path:
+    """Convert a folder to GGUF; return the file."""
+    with HfModel(folder, VOCABULARY) as model:
+        merge(model, None, out, quant, n_threads=1)
+    return out
