@@ -6,7 +6,6 @@ that comes in and goes out is paths, numbers and rows, so a stage can be run by 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -94,13 +93,10 @@ def write_stage(request: Request, report: Report) -> Request:
     def say(done: int, _: int) -> None:
         report(len(written) + done, total, "rows")
 
-    with contextlib.ExitStack() as stack, GgufFile(request["base"]) as base:
-        engine = None
+    first = request["writers"][0]
+    with Engine(first["model"], **request["engine"]) as engine, GgufFile(request["base"]) as base:
         for writer in request["writers"]:
-            if engine is None:
-                engine = stack.enter_context(Engine(writer["model"], writer["adapter"], **request["engine"]))
-            else:
-                engine.switch(writer["model"], writer["adapter"])
+            engine.switch(writer["model"], writer["adapter"])
             chats = chat_format(base, engine.vocab)
             rows = [chats.encode(example_from(record)) for record in writer["replay"]]
             kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1]]

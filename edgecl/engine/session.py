@@ -54,7 +54,7 @@ class Engine:
             EngineError: the file is not sound, llama.cpp refuses it, or memory does not suffice.
         """
         self.n_ctx, self.n_seq, self._kv_type = n_ctx, n_seq, kv_type
-        self.n_batch = min(max(n_batch, n_seq + 1), n_ctx)  # llama.cpp aborts the process on others
+        self.n_batch = min(max(n_batch, n_seq + 1), n_ctx)  # outside of this range llama.cpp aborts the process
         self._n_threads = n_threads or len(os.sched_getaffinity(0))
         self._n_gpu_layers = n_gpu_layers
         self._load(Path(model), adapter)

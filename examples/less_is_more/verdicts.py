@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ARMS = {"f16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
-LEAST, MOST = 0.01, 0.1  # shares of replay: what is said to suffice begins here, and the most that is tried
+ENOUGH = 0.1  # share of replay that is said to suffice for every kind of task
 FloatArray = NDArray[np.float64]
 
 
@@ -62,11 +62,6 @@ class Grid:
         """Return what was right of a task's test rows after a stage, (n_seeds * n_rows,)."""
         rows = [self._cells[arm, share, seed]["rows"][after][self.tasks[task]]["right"] for seed in self.seeds]
         return np.array([float(digit) for row in rows for digit in row])
-
-    def loss(self, arm: str, share: float, after: int, task: int) -> FloatArray:
-        """Return the answer losses of a task's test rows after a stage, in nats, (n_seeds * n_rows,)."""
-        rows = [self._cells[arm, share, seed]["rows"][after][self.tasks[task]]["loss_nats"] for seed in self.seeds]
-        return np.array([loss for row in rows for loss in row])
 
 
 def main() -> None:
@@ -188,7 +183,7 @@ def sufficient(grid: Grid, usable: dict[int, bool]) -> list[Verdict]:
 def less_replay(grid: Grid, usable: dict[int, bool]) -> list[Verdict]:
     """Quantized bases need less replay: at the same small shares they keep more of earlier tasks."""
     claim, last = "quantized bases need less replay for the same retention", len(grid.tasks) - 1
-    shares = [share for share in grid.shares if 0 < share < MOST]
+    shares = [share for share in grid.shares if 0 < share < ENOUGH]
     tasks = [task for task in range(last) if usable[task]]
     if not tasks or not shares:
         return []
