@@ -3,6 +3,9 @@
 A handful of rows is a coin toss, so a task counts as worse only when its accuracy fell by more than the tolerance and its
 paired answer loss rose beyond chance. What was learned tonight must show a gain; general ability (nats per token of
 unrelated prose, against the untouched base) has a tolerance of its own.
+
+A night of wrong answers shows a gain too: the model learns what answers look like. So on held-out rows the right answer must
+also be likelier than the answer of another row, beyond chance.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ class TaskResult:
         kind: "heldout" rows were never trained on; "learned" and "replay" rows were.
         learning: whether tonight's rows are of this task.
         loss_change: mean paired change of answer loss in nats, with its 95% interval in loss_low, loss_high.
+        swap_cost: how much higher the loss is, after the night, when a question gets another row's answer, in nats; swap_low:
+            the low end of its 95% interval. NaN where that was not measured.
     """
 
     task: str
@@ -65,6 +70,8 @@ class TaskResult:
     loss_change: float
     loss_low: float
     loss_high: float
+    swap_cost: float = math.nan
+    swap_low: float = math.nan
 
     @classmethod
     def paired(
@@ -74,14 +81,22 @@ class TaskResult:
         learning: bool,
         before: Sequence[tuple[bool, float]],
         after: Sequence[tuple[bool, float]],
+        swapped: Sequence[tuple[float, float]] = (),
     ) -> TaskResult:
-        """Compare (correct, loss in nats) of the same rows before and after."""
+        """Compare (correct, loss in nats) of the same rows before and after.
+
+        Args:
+            swapped: loss of a row's own answer and of another row's answer to the same question, after the night.
+        """
         right_before, loss_before = np.array(before, np.float64).T
         right_after, loss_after = np.array(after, np.float64).T
         change, low, high = paired_interval(loss_before, loss_after)
+        swap_cost, swap_low, _ = (
+            paired_interval(*np.array(swapped, np.float64).T) if swapped else (math.nan, math.nan, math.nan)
+        )
         return cls(
             task, kind, learning, len(before), float(right_before.mean()), float(right_after.mean()),
-            float(loss_before.mean()), float(loss_after.mean()), change, low, high,
+            float(loss_before.mean()), float(loss_after.mean()), change, low, high, swap_cost, swap_low,
         )  # fmt: skip
 
 
@@ -122,12 +137,17 @@ def _no_gain(result: TaskResult, settings: GateSettings) -> str:
                 f"{settings.min_recall:.0%} are asked for (gate.min_recall)"
             )
         return ""
-    if result.loss_high < 0 or result.accuracy_after == 1.0:
-        return ""
-    return (
-        f"{result.task}: no gain on {result.n_rows} held-out rows "
-        f"(answer loss {result.loss_before:.2f} -> {result.loss_after:.2f})"
-    )
+    if not (result.loss_high < 0 or result.accuracy_after == 1.0):
+        return (
+            f"{result.task}: no gain on {result.n_rows} held-out rows "
+            f"(answer loss {result.loss_before:.2f} -> {result.loss_after:.2f})"
+        )
+    if result.swap_low <= 0:
+        return (
+            f"{result.task}: on {result.n_rows} held-out rows the answer to another question is as likely as the right one "
+            f"({result.swap_cost:+.2f} nats); look whether its answers belong to its questions"
+        )
+    return ""
 
 
 def _drop(result: TaskResult, settings: GateSettings) -> str:

@@ -110,6 +110,7 @@ class Night:
         """
         yesterday = self.generations.current()
         replay = self.store.rows("replay")
+        learning = {row.example.task for row in new}
         plan = self._plan(new, replay)
         rows = [row for _, part in plan.values() for row in part]
         report = self.report
@@ -123,7 +124,9 @@ class Night:
             learned = _learned_rows(plan, new)
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
-            after, report.prose["after"] = self.meter.measure(tonight, rows)
+            swaps = {task: swapped(part) for task, (kind, part) in plan.items() if kind == "heldout" and task in learning}
+            others = [other for pairs in swaps.values() for _, other in pairs]
+            after, report.prose["after"] = self.meter.measure(tonight, [*rows, *others])
         except EdgeclError as error:
             log = {"log": error.log} if isinstance(error, StageError) else {}
             report.reason = str(error)
@@ -134,10 +137,10 @@ class Night:
         finally:
             report.eval_s = self.meter.eval_s
             report.peak_rss_bytes = max(report.peak_rss_bytes, self.meter.peak_rss_bytes)
-        learning = {row.example.task for row in new}
         for task, (kind, part) in plan.items():
             pair = [[(s.correct, s.loss_nats) for s in (scores[row.hash] for row in part)] for scores in (before, after)]
-            report.results.append(TaskResult.paired(task, kind, task in learning, pair[0], pair[1]))
+            swap = [(after[own.hash].loss_nats, after[other.hash].loss_nats) for own, other in swaps.get(task, ())]
+            report.results.append(TaskResult.paired(task, kind, task in learning, pair[0], pair[1], swap))
         verdict = judge(report.results, report.prose["base"], report.prose["after"], self.settings.gate)
         report.verdict = "; ".join(verdict.reasons) or "nothing got worse"
         if not verdict.accepted and self.gate == "enforce":
@@ -298,6 +301,17 @@ class Night:
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
         self.store.record_night(number, True, report.reason, report.as_dict())
         self.generations.drop_old_models(self.settings.keep_models)
+
+
+def swapped(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Return rows, each beside its question with the next other answer among them; none where all answers are the same."""
+    out = []
+    for i, row in enumerate(rows):
+        other = next((r.answer for r in (*rows[i + 1 :], *rows[:i]) if r.answer != row.answer), None)
+        if other is not None:
+            messages = (*row.messages[:-1], (row.messages[-1][0], other))
+            out.append((row, replace(row, messages=messages, final=None, program=None)))
+    return out
 
 
 def _learned_rows(plan: Plan, new: list[Stored]) -> list[Example]:

@@ -215,10 +215,12 @@ class Store:
                     )
         self._empty_log()
 
-    def drop(self, role: str) -> None:
-        """Delete every row of a role."""
+    def drop(self, role: str, keep: Collection[int] = ()) -> None:
+        """Delete every row of a role whose id is not in `keep`."""
         with self._transaction():
-            self._db.table("examples").delete_where("role = ?", [role])
+            for row in list(self._db.table("examples").rows_where("role = ?", [role], select="id")):
+                if row["id"] not in keep:
+                    self._db.table("examples").delete(row["id"])
         self._empty_log()
 
     # --- nights and scores --------------------------------------------------------------------------------------

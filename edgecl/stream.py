@@ -25,7 +25,6 @@ from .data import Example, parse_lines
 from .errors import DataError
 from .generations import Generation, unpublished
 from .learner import Learner, find_model, translated
-from .measure import Meter
 from .metrics import (
     FloatArray,
     average_accuracy,
@@ -36,7 +35,7 @@ from .metrics import (
     stream_intervals,
 )
 from .profile import ReplaySettings, TrainSettings
-from .store import Scored
+from .replay import choose, quota
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,11 @@ class Cell:
         what = f"base-{self.precision}" if self.precision else self.quant
         joint = "-joint" if self.joint else ""
         return f"{what}{joint}-replay{self.replay:g}-written{self.written}-seed{self.seed}"
+
+    @property
+    def first_night(self) -> str:
+        """Folder of its first night, before rows were dropped: the same for every share."""
+        return f".first-night-{replace(self, replay=1.0).name}"
 
 
 @dataclass(frozen=True)
@@ -134,161 +138,152 @@ def run_stream(
 ) -> Generator[dict[str, Any], None, None]:
     """Yield the result of every cell; with `home` they are kept there, and finished ones are read back.
 
-    On a first night nothing of an earlier one is there to rehearse. A cell without any rehearsal therefore goes on from the
-    first night of the cell before it, where quant and seed are the same.
+    A first night has nothing of earlier ones to rehearse: cells that differ in what is kept of it have it in common. A cell
+    without any rehearsal takes the first night of the first cell that is otherwise the same.
 
     Args:
-        compare: further quants to merge and measure for `survival` after each night, but not in a cell that goes on.
+        compare: further quants to merge and measure for `survival` after each night, but not in a cell without rehearsal.
 
     Raises:
         EdgeclError: a night failed.
     """
     with tempfile.TemporaryDirectory(prefix="edgecl-stream-") as temporary:
         root = home or Path(temporary)
-        first = _FirstNight(root / ".first-night")
-        for cell in cells:
+        firsts = [next((c for c in cells if replace(c, replay=0.0, written=0) == cell), cell) for cell in cells]
+        for cell, first in zip(cells, firsts, strict=True):
             path = root / f"{cell.name}.json"
             if not path.is_file():
                 root.mkdir(parents=True, exist_ok=True)
                 settings = replace(train or TrainSettings(), seed=cell.seed)
-                run = _Run(
-                    stream.joined() if cell.joint else stream, cell, root / cell.name, model, gate, compare, settings, progress
-                )
-                write_atomic(path, json.dumps(run.run(first)) + "\n")
+                rows = stream.joined() if cell.joint else stream
+                run = _Run(rows, cell, first, root, model, gate, compare, settings, progress)
+                write_atomic(path, json.dumps(run.run()) + "\n")
             yield json.loads(path.read_text("utf-8"))
-        shutil.rmtree(first.folder, ignore_errors=True)
-
-
-@dataclass
-class _FirstNight:
-    """A home after its first night, and what was measured: where a cell without replay may go on from."""
-
-    folder: Path
-    cell: Cell | None = None
-    state: tuple[Any, ...] = ()
-
-    def serves(self, cell: Cell) -> bool:
-        return (
-            self.cell is not None and replace(self.cell, replay=0.0, written=0) == cell and not cell.precision
-        )  # whose base is gone
+        for first in firsts:
+            shutil.rmtree(root / first.first_night, ignore_errors=True)
 
 
 @dataclass
 class _Run:
-    """One cell."""
+    """One cell: the first night of `first` in a home that other cells go on from too, then the others in a copy of it."""
 
     stream: Stream
     cell: Cell
-    home: Path
+    first: Cell
+    root: Path
     model: str
     gate: str
     compare: Sequence[str]
     train: TrainSettings
     progress: Progress | None
 
-    def run(self, first: _FirstNight) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Run every night and return the cell's result."""
         tasks, n = self.stream.tasks, len(self.stream.tasks)
+        shared, home = self.root / self.first.first_night, self.root / self.cell.name
+        begun = self._first_night(shared)
+        nights, rows = [begun["night"]], [begun["rows"]]
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.copytree(shared, home, symlinks=True, ignore=_bases)
+        with Learner(home) as learner:
+            nights[0]["n_kept"] = self._keep(learner)
+            compare = self.compare if self.cell.replay or self.cell.written else ()
+            for i in range(1, n):
+                night, found = self._night(learner, i, compare)
+                nights.append(night)
+                rows.append(found)
+            against = {} if self.cell.quant == "int8" else {"against_int8": self._against_int8(learner)}
+        shutil.rmtree(home)
         accuracy, loss = np.full((n, n), np.nan), np.full((n, n), np.nan)
-        nights: list[dict[str, Any]] = []
-        rows: list[dict[str, Any]] = []
-        shutil.rmtree(self.home, ignore_errors=True)
-        if goes_on := first.serves(self.cell):
-            shutil.copytree(first.folder, self.home, symlinks=True)
-            start, accuracy[0], loss[0], row, night = first.state
-            nights.append(night)
-            rows.append(row)
-        with self._open(goes_on) as learner:
-            meter = learner.meter(self.progress)
-            if not goes_on:
-                start = self._base_accuracy(learner, meter)
-            for i, task in enumerate(tasks):
-                if i < len(nights):
-                    continue
-                learner.observe(self.stream.train[task])
-                compare = () if goes_on else self.compare
-                report = learner.adapt(gate=self.gate, compare=compare, progress=self.progress)
-                known = tasks[: i + 2]
-                scores = meter.scores(learner.generations.current(), self._tests(known))
-                accuracy[i, : len(known)], loss[i, : len(known)] = self._by_task(scores, known)
-                rows.append({t: self._row_scores(scores, t) for t in known})
-                facts = report.as_dict()
-                nights.append({"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")})
-                if i == 0 and n > 1 and not first.cell:
-                    state = start, accuracy[0].copy(), loss[0].copy(), rows[0], nights[0]
-                    first.cell, first.state = self.cell, state
-                    shutil.copytree(self.home, first.folder, symlinks=True)
-            result = {
-                **asdict(self.cell),
-                "tasks": list(tasks),
-                "acc": average_accuracy(accuracy),
-                "bwt": backward_transfer(accuracy),
-                "fwt": forward_transfer(accuracy, start),
-                "forgetting": forgetting(accuracy),
-                "intervals": stream_intervals(
-                    [_right(row[task]) for row, task in zip(rows, tasks, strict=True)],
-                    [_right(rows[-1][task]) for task in tasks],
-                ),
-                "matrix": _plain(accuracy),
-                "answer_loss_nats": _plain(loss),
-                "base": [round(float(x), 4) for x in start],
-                "n_test": {task: len(self.stream.test[task]) for task in tasks},
-                "nights": nights,
-                "rows": rows,
-            }
-            if self.cell.quant != "int8":
-                result["against_int8"] = self._against_int8(learner, meter, scores)
-        shutil.rmtree(self.home)
-        return result
+        for i, found in enumerate(rows):
+            for j, task in enumerate(found):
+                accuracy[i, j], loss[i, j] = _right(found[task]).mean(), np.mean(found[task]["loss_nats"])
+        return {
+            **asdict(self.cell),
+            "tasks": list(tasks),
+            "acc": average_accuracy(accuracy),
+            "bwt": backward_transfer(accuracy),
+            "fwt": forward_transfer(accuracy, np.array(begun["base"])),
+            "forgetting": forgetting(accuracy),
+            "intervals": stream_intervals(
+                [_right(row[task]) for row, task in zip(rows, tasks, strict=True)],
+                [_right(rows[-1][task]) for task in tasks],
+            ),
+            "matrix": _plain(accuracy),
+            "answer_loss_nats": _plain(loss),
+            "base": [round(x, 4) for x in begun["base"]],
+            "n_test": {task: len(self.stream.test[task]) for task in tasks},
+            "nights": nights,
+            "rows": rows,
+        } | against
 
-    def _open(self, goes_on: bool) -> Learner:
-        settings = ReplaySettings(share=self.cell.replay, written=self.cell.written)
-        if not goes_on:
-            path = find_model(self.model)
-            cell = self.cell
-            return Learner.init(
-                path, self.home, quant=cell.quant, precision=cell.precision, replay=settings, train=self.train, keep_models=1
-            )
-        learner = Learner(self.home)
-        learner.settings = replace(learner.settings, replay=settings)
-        learner.store.drop("replay")
-        return learner
+    def _first_night(self, home: Path) -> dict[str, Any]:
+        """Run the first night, unless another cell has; return what was measured of the base and after it.
+
+        All of its rows stay in the store: each cell keeps its own share of them.
+        """
+        measured = home / "measured.json"
+        if not measured.is_file():
+            shutil.rmtree(home, ignore_errors=True)
+            with Learner.init(
+                find_model(self.model),
+                home,
+                quant=self.first.quant,
+                precision=self.first.precision,
+                replay=ReplaySettings(share=1.0, written=self.first.written),
+                train=self.train,
+                keep_models=1,
+            ) as learner:
+                base = self._rows(learner, self._merged(learner, "", self.first.quant), self.stream.tasks)
+                night, rows = self._night(learner, 0, self.compare)
+            accuracy = [float(_right(base[task]).mean()) for task in self.stream.tasks]
+            write_atomic(measured, json.dumps({"base": accuracy, "night": night, "rows": rows}))
+        return dict(json.loads(measured.read_text("utf-8")))
+
+    def _keep(self, learner: Learner) -> int:
+        """Let a copied home be as if the cell had run its first night itself; return how many rows that night leaves it."""
+        share = self.cell.replay
+        learner.settings = replace(learner.settings, replay=ReplaySettings(share=share, written=self.cell.written))
+        rows = learner.store.rows("replay")
+        kept = choose([row.example.answer for row in rows], quota(len(rows), share), seed=1)
+        learner.store.drop("replay", keep=[rows[i].id for i in kept])
+        return len(kept)
+
+    def _night(self, learner: Learner, i: int, compare: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the night of task i did, and how the rows of the tasks so far, and of the next one, are answered then."""
+        task = self.stream.tasks[i]
+        learner.observe(self.stream.train[task])
+        facts = learner.adapt(gate=self.gate, compare=compare, progress=self.progress).as_dict()
+        rows = self._rows(learner, learner.generations.current(), self.stream.tasks[: i + 2])
+        return {"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")}, rows
+
+    def _rows(self, learner: Learner, generation: Generation, tasks: Sequence[str]) -> dict[str, Any]:
+        """Return what was right of each task's test rows, in their order, as a string of 0 and 1, and their answer losses."""
+        scores = learner.meter(self.progress).scores(generation, self._tests(tasks))
+        out = {}
+        for task in tasks:
+            found = [scores[row.hash] for row in self.stream.test[task]]
+            right = "".join(str(int(score.correct)) for score in found)
+            out[task] = {"right": right, "loss_nats": [round(score.loss_nats, 4) for score in found]}
+        return out
 
     def _tests(self, tasks: Sequence[str]) -> list[Example]:
         return [row for task in tasks for row in self.stream.test[task]]
 
-    def _row_scores(self, scores: dict[str, Scored], task: str) -> dict[str, Any]:
-        """Return what was right of a task's test rows, in their order, as a string of 0 and 1, and their answer losses."""
-        found = [scores[row.hash] for row in self.stream.test[task]]
-        return {
-            "right": "".join(str(int(score.correct)) for score in found),
-            "loss_nats": [round(score.loss_nats, 4) for score in found],
-        }
-
-    def _by_task(self, scores: dict[str, Scored], tasks: Sequence[str]) -> tuple[FloatArray, FloatArray]:
-        """Return (accuracy, answer loss in nats) of each task."""
-        found = [[scores[row.hash] for row in self.stream.test[task]] for task in tasks]
-        losses = [np.mean([score.loss_nats for score in part]) for part in found]
-        return np.array([np.mean([score.correct for score in part]) for part in found]), np.array(losses)
-
-    def _base_accuracy(self, learner: Learner, meter: Meter) -> FloatArray:
-        """Return the accuracy of the untouched base on every task, at the type that is served."""
-        base = self._merged(learner, "", self.cell.quant)
-        return self._by_task(meter.scores(base, self._tests(self.stream.tasks)), self.stream.tasks)[0]
-
     def _merged(self, learner: Learner, adapter: str, quant: str) -> Generation:
         """Write the base, with an adapter or without, at a quant, beside the generations; it is measured, never served."""
-        path = self.home / f"{quant}-{'base' if not adapter else 'wide'}.gguf"
+        path = learner.home / f"{quant}-{'base' if not adapter else 'wide'}.gguf"
         with translated(), GgufFile(learner.settings.base) as gguf:
             qtype = resolve_quant(quant, gguf, learned=bool(adapter))
         request = {"base": learner.settings.base, "adapter": adapter, "out": str(path), "quant": qtype}
         run_stage("merge", request, learner.limits(), self.progress)
         return unpublished(path.parent, path, None)
 
-    def _against_int8(self, learner: Learner, meter: Meter, scores: dict[str, Scored]) -> dict[str, float]:
+    def _against_int8(self, learner: Learner) -> dict[str, float]:
         """Compare the last night's file with the same adapter merged at INT8, row by row: this quant minus INT8."""
-        wide = self._merged(learner, str(learner.generations.current().folder / "adapter.gguf"), "int8")
-        other = meter.scores(wide, self._tests(self.stream.tasks))
+        serving, tests, meter = learner.generations.current(), self._tests(self.stream.tasks), learner.meter(self.progress)
+        wide = self._merged(learner, str(serving.folder / "adapter.gguf"), "int8")
+        scores, other = meter.scores(serving, tests), meter.scores(wide, tests)
         pairs = [(other[key], scores[key]) for key in other]
         mean, low, high = paired_interval(np.array([a.loss_nats for a, _ in pairs]), np.array([b.loss_nats for _, b in pairs]))
         return {
@@ -298,6 +293,11 @@ class _Run:
             "accuracy": float(np.mean([float(b.correct) - float(a.correct) for a, b in pairs])),
             "n_rows": len(pairs),
         }
+
+
+def _bases(folder: str, names: list[str]) -> list[str]:
+    """Return the bases among the names of a home: a copy goes on with the original's."""
+    return [name for name in names if name.endswith(".gguf") and "edgecl.toml" in names]
 
 
 def _right(scores: dict[str, Any]) -> FloatArray:

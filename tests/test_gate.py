@@ -43,6 +43,13 @@ def reasons(*results: TaskResult, prose: float = 0.1, **settings: float) -> list
         (replace(NEW, loss_low=-0.4, loss_high=0.0), "news: no gain"),
         (replace(NEW, loss_low=-0.4, loss_high=0.1, accuracy_after=1.0), None),
         (replace(NEW, loss_low=NAN, loss_high=NAN), "news: no gain"),
+        # and its answers belong to their questions, where that was measured
+        (replace(NEW, swap_cost=3.0, swap_low=2.0), None),
+        (
+            replace(NEW, swap_cost=0.05, swap_low=-0.1),
+            "news: on 30 held-out rows the answer to another question is as likely as the right one (+0.05 nats)",
+        ),
+        (replace(NEW, swap_cost=0.05, swap_low=-0.1, accuracy_after=1.0), "news: on 30 held-out rows the answer to another"),
         # a small night is measured on its own rows
         (replace(SMALL, accuracy_after=0.6), "default: 60% of tonight's rows are answered right, 75% are asked for"),
         (replace(SMALL, accuracy_after=0.75), None),
@@ -101,6 +108,13 @@ def test_results_are_paired_row_by_row() -> None:
     assert (result.n_rows, result.accuracy_before, result.accuracy_after) == (4, 0.5, 0.75)
     assert (result.loss_before, result.loss_after) == (2.5, 2.0)
     assert (result.loss_change, result.loss_low, result.loss_high) == pytest.approx((-0.5, -0.5, -0.5))
+
+
+def test_the_cost_of_another_rows_answer_is_paired_too() -> None:
+    rows = [(True, 0.5), (True, 1.0)]
+    result = TaskResult.paired("t", "heldout", True, rows, rows, [(0.5, 2.5), (1.0, 3.0)])
+    assert (result.swap_cost, result.swap_low) == pytest.approx((2.0, 2.0))
+    assert math.isnan(TaskResult.paired("t", "heldout", True, rows, rows).swap_low)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 20)), min_size=1, max_size=30))

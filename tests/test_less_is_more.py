@@ -1,4 +1,4 @@
-"""The verdicts of the grid: they follow the rows, seeds that are not whole are left out, pictures are drawn."""
+"""The verdicts of the grid: they follow the rows, seeds that are not whole are left out, pictures are drawn; its noisy base."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from examples.less_is_more import verdicts
+from edgecl_convert import GgufFile, merge
+from examples.less_is_more import noisy_base, verdicts
+from tests import tiny
 
 TASKS, SHARES, N_ROWS = ["words", "sums", "code"], (0.0, 0.001, 0.02, 0.05, 0.1), 40
 
@@ -84,3 +87,25 @@ def test_a_grid_without_a_whole_seed_is_refused_in_one_line(cells: Path) -> None
     found += [json.loads(path.read_text()) for path in cells.glob("base-f16-0.05-2.json")]
     with pytest.raises(SystemExit, match="no seed has all cells of f16, int4"):
         verdicts.Grid(found)
+
+
+def test_a_noisy_base_has_the_size_of_q4_0s_error_and_its_norms_untouched(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "base.gguf", width=128)[0]
+    share = noisy_base.write_noisy(base, tmp_path / "noisy.gguf", seed=0)
+    merge_paths = {quant: tmp_path / f"{quant}.gguf" for quant in ("F16", "Q4_0")}
+    with GgufFile(base) as source:
+        for quant, path in merge_paths.items():
+            merge(source, None, path, quant)
+    with GgufFile(tmp_path / "noisy.gguf") as noisy, GgufFile(merge_paths["F16"]) as plain, GgufFile(merge_paths["Q4_0"]) as q4:
+        assert list(noisy.tensors) == list(plain.tensors)
+        noise = error = total = 0.0
+        for name in plain.tensors:
+            weights = plain.weights(name)
+            if "norm" in name:
+                assert np.array_equal(noisy.weights(name), weights)
+                continue
+            noise += float(((noisy.weights(name) - weights) ** 2).sum())
+            error += float(((q4.weights(name) - weights) ** 2).sum())
+            total += float((weights**2).sum())
+    assert noise == pytest.approx(error, rel=0.02)
+    assert share == pytest.approx(error / total, rel=0.02)

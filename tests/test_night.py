@@ -1,8 +1,11 @@
-"""Who writes what a night rehearses: yesterday's model, and for each kept row the generation that learned it."""
+"""Who writes what a night rehearses, and the control of its gain: questions with the answers of other rows."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import gguf
 import pytest
 
 from edgecl import Learner, night
+from edgecl.data import Example
 from edgecl.engine import Engine, write_rows
+from edgecl.gate import GateSettings
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stages import chat_format, example_from
 from edgecl_convert import GgufFile
@@ -78,3 +83,33 @@ def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
             kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows]
             alone += write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept)
     assert [(row["asked"], row["answer"]) for row in written] == [(row.asked, row.answer) for row in alone]
+
+
+def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:
+    rows = [Example((("user", q), ("assistant", a)), final=a) for q, a in (("1", "x"), ("2", "x"), ("3", "y"))]
+    pairs = night.swapped(rows)
+    assert [own for own, _ in pairs] == rows
+    assert [(other.messages[0][1], other.answer, other.final) for _, other in pairs] == [
+        ("1", "y", None),
+        ("2", "y", None),
+        ("3", "x", None),
+    ]
+    assert night.swapped(rows[:2]) == []
+
+
+@pytest.mark.parametrize("belong", [True, False])
+def test_a_night_whose_answers_do_not_belong_to_their_questions_is_refused(tmp_path: Path, belong: bool) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q8_0, width=128)[0]
+    words = ["".join(letters) for letters in itertools.product("ahint", repeat=3)][::2]
+    right = ["left" if word[-1] in "ah" else "right" for word in words]
+    answers = right if belong else random.Random(0).sample(right, len(right))
+    train = replace(TRAIN, r=8, lora_alpha=16.0, epochs=30, learning_rate=0.01)
+    settings = {"replay": ReplaySettings(heldout=0.3, written=0), "gate": GateSettings(max_prose_nats=100.0), "train": train}
+    with Learner.init(base, tmp_path / "home", **settings) as learner:
+        lines = [json.dumps({"prompt": word, "completion": answer}) for word, answer in zip(words, answers, strict=True)]
+        learner.observe(lines)
+        report = learner.adapt()
+    (result,) = report.results
+    assert result.kind == "heldout" and result.loss_high < 0, "the model learned what answers look like, either way"
+    assert report.accepted == belong
+    assert belong or "the answer to another question is as likely" in report.reason

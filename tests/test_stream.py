@@ -9,8 +9,9 @@ from typing import Any
 import gguf
 import pytest
 
+from edgecl import Learner
 from edgecl.errors import DataError
-from edgecl.profile import TrainSettings
+from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stream import Cell, Stream, run_stream
 from tests import tiny
 
@@ -74,6 +75,27 @@ def test_the_matrix_has_what_was_measured_and_nothing_else(results: tuple[list[d
                 assert row[task]["right"].count("1") / 3 == pytest.approx(matrix[i][j], abs=1e-4)
                 assert sum(row[task]["loss_nats"]) / 3 == pytest.approx(losses[i][j], abs=1e-3)
     assert results[0][0]["matrix"][0] == results[0][1]["matrix"][0], "both cells have their first night in common"
+
+
+def test_a_cell_that_shares_its_first_night_ends_where_a_learner_ends_that_ran_every_night(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    _, _, base, stream = results
+    cells = [Cell(replay=share, written=0) for share in (1.0, 0.34)]
+    *_, found = run_stream(stream, cells, model=str(base), home=tmp_path / "cells", train=TRAIN)
+    replay = ReplaySettings(share=0.34, written=0)
+    with Learner.init(base, tmp_path / "home", replay=replay, train=TRAIN) as learner:
+        kept = []
+        for task in stream.tasks:
+            learner.observe(stream.train[task])
+            kept.append(learner.adapt(gate="report").n_kept)
+        tests = [row for task in stream.tasks for row in stream.test[task]]
+        scores = learner.meter().scores(learner.generations.current(), tests)
+    assert [night["n_kept"] for night in found["nights"]] == kept == [1, 1]
+    last = found["rows"][-1]
+    assert [last[row.task]["loss_nats"][stream.test[row.task].index(row)] for row in tests] == [
+        pytest.approx(scores[row.hash].loss_nats, abs=1e-4) for row in tests
+    ]
 
 
 def test_a_joint_cell_learns_all_tasks_in_one_night(

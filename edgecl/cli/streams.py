@@ -70,13 +70,13 @@ def stream(
     """
     shares, seeds = _numbers(replay, float, "--replay"), _numbers(seed, int, "--seed")
     arms = [(served_at(p), p) for p in precision.split(",")] if precision else [(q, "") for q in quant.split(",")]
-    cells = [Cell(q, r, s, p, written, joint) for (q, p), r, s in itertools.product(arms, shares, seeds)]
     names = order.split(",") if order else []
     results: list[dict[str, Any]] = []
     with progress_bar() as progress:
-        for cell in cells:
-            rows = Stream.read(folder, names, train_limit, test_limit, cell.seed)
-            results += run_stream(rows, [cell], model=model, home=home, gate=gate, progress=progress)
+        for s in seeds:
+            rows = Stream.read(folder, names, train_limit, test_limit, s)
+            cells = [Cell(q, r, s, p, written, joint) for r, (q, p) in itertools.product(shares, arms)]
+            results += run_stream(rows, cells, model=model, home=home, gate=gate, progress=progress)
     if as_json:
         print_json(results[0] if len(results) == 1 else {"cells": results})
         return
