@@ -23,7 +23,7 @@ LAYERS = (
     {"errors", "edgecl_convert"},
     {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
     {"train", "engine", "store", "generations", "timer"},
-    {"measure", "night", "learner", "stream", "stages", "demo"},
+    {"measure", "night", "learner", "stream", "stages", "demo", "audit"},
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
     {"__main__"},
 )
@@ -182,9 +182,7 @@ def test_neither_import_nor_help_loads_a_model_library(seen: dict[str, list[str]
 
 
 def test_help_names_every_verb(seen: dict[str, list[str]]) -> None:
-    assert {"init", "observe", "adapt", "ask", "status", "rollback", "schedule", "stream", "merge", "demo"} <= set(
-        seen["verbs"]
-    )
+    assert {"init", "observe", "adapt", "ask", "status", "rollback", "stream", "merge", "demo"} <= set(seen["verbs"])
 
 
 def test_profiles_and_texts_are_found_from_any_folder(seen: dict[str, object]) -> None:
