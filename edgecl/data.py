@@ -277,7 +277,12 @@ class ChatFormat:
         self._encode, self._is_end = encode, is_end
         self._bos, self._names = bos, {"bos_token": bos_token, "eos_token": eos_token}
 
-    def _render(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
+        """Return a chat as the template writes it.
+
+        Raises:
+            DataError: the template refuses it.
+        """
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **self._names)
@@ -298,7 +303,7 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Return the ids of a chat up to where the assistant begins to answer."""
-        return self._ids(self._render(messages, add_generation_prompt=True))
+        return self._ids(self.render(messages, add_generation_prompt=True))
 
     def answer(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """Return the ids of the last turn, up to its end-of-turn token, and of what the template puts after it.
@@ -306,8 +311,8 @@ class ChatFormat:
         Raises:
             DataError: the template does not show the answer after its own generation prompt, or the answer has no token.
         """
-        before = self._render(messages[:-1], add_generation_prompt=True)
-        whole = self._render(messages, add_generation_prompt=False)
+        before = self.render(messages[:-1], add_generation_prompt=True)
+        whole = self.render(messages, add_generation_prompt=False)
         if not whole.startswith(before):
             raise DataError("the base's chat template does not put the answer after its generation prompt")
         ids = self._encode(whole[len(before) :])

@@ -245,12 +245,17 @@ class Generations:
 
         Their adapter and manifest stay, and they can be rebuilt. A damaged generation is left as it is.
         """
-        serving = self.current().number
-        for number in self.numbers()[:-keep] if keep else self.numbers():
+        for number in self.numbers():
             with contextlib.suppress(GenerationError):
                 generation = self.load(number)
-                if number not in (0, serving) and generation.manifest.model:
+                if number and generation.manifest.model and not self.keeps_model(number, keep):
                     generation.model.unlink(missing_ok=True)
+
+    def keeps_model(self, number: int, keep: int) -> bool:
+        """Return whether a generation's merged model stays where `keep` generations keep theirs."""
+        numbers = self.numbers()
+        serves = self.link.is_symlink() and Path(os.readlink(self.link)).name == f"{number:04d}"
+        return serves or number in numbers[max(0, len(numbers) - keep) :]
 
 
 def _json(manifest: Manifest) -> str:

@@ -22,9 +22,10 @@ FILES = {
 LAYERS = (
     {"errors", "edgecl_convert"},
     {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
-    {"train", "engine", "store", "generations"},
-    {"measure", "night", "learner", "stream", "stages", "demo"},
+    {"train", "engine", "store", "generations", "timer"},
+    {"measure", "night", "learner", "stream", "stages", "demo", "audit", "export", "modelfile"},
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
+    {"__main__"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 FREE = {"errors", "edgecl_convert"}
