@@ -3,13 +3,18 @@
 The parent sends one JSON object on stdin; the child writes JSON lines on stdout: {"progress": [...]} any number of times, then
 {"result": ...} or {"error": ..., "exit_code": ...}. stderr is the log. Memory and time are watched from outside, because
 RLIMIT_AS counts memory maps that cost nothing.
+
+A child whose night must yield is sent SIGTERM. Training finishes its step, saves and ends with an error of NotNow's exit code;
+any other stage just ends, and is run again the next time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,19 +27,26 @@ from typing import Any
 
 import psutil
 
-from .errors import EdgeclError, StageError
+from .errors import EdgeclError, NotNow, StageError
 
 Progress = Callable[[str, int, int, str], None]  # (stage, done, total, text)
+GRACE_S = 60.0  # for a child that was told to stop; then it is ended, and its last checkpoint counts
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may take; ram_bytes and seconds of wall time."""
+    """What a child may take, and for how long.
+
+    Attributes:
+        seconds: of wall time.
+        stop: why the night must yield now, "" while it need not: asked before a child starts and ten times a second after.
+    """
 
     ram_bytes: int
     seconds: float
     nice: int = 0
     threads: int = 0
+    stop: Callable[[], str] = str  # str() is "": nothing stops it
 
 
 def run_stage(
@@ -44,8 +56,11 @@ def run_stage(
 
     Raises:
         StageError: it crashed, ran out of memory or time, or said nothing.
+        NotNow: the night must yield.
         EdgeclError: what the stage itself raised.
     """
+    if reason := limits.stop():
+        raise _yielded(reason)
     environment = dict(os.environ)
     roots = [str(Path(__file__).resolve().parent.parent)]
     convert = sys.modules.get("edgecl_convert")
@@ -86,13 +101,19 @@ def run_stage(
         tail = log.read().decode("utf-8", "replace")[-4000:]
     if watch.reason:
         raise StageError(stage, watch.reason, tail)
-    if failure is not None:
+    if failure is not None and failure["exit_code"] != NotNow.exit_code:
         error = EdgeclError(failure["message"])
         error.exit_code = failure["exit_code"]
         raise error
-    if result is None or process.returncode:
-        raise StageError(stage, _how_it_ended(process.returncode, tail), tail)
-    return result, watch.peak_rss_bytes
+    if result is not None and not process.returncode:
+        return result, watch.peak_rss_bytes
+    if watch.yielding or failure is not None or process.returncode == -signal.SIGTERM:
+        raise _yielded(watch.yielding or "told to stop")
+    raise StageError(stage, _how_it_ended(process.returncode, tail), tail)
+
+
+def _yielded(reason: str) -> NotNow:
+    return NotNow(f"the night yields: {reason}; it goes on from there the next time")
 
 
 def _how_it_ended(code: int, log: str) -> str:
@@ -106,7 +127,8 @@ class _Watch:
     """Looks at a child's memory and time every tenth of a second and ends it past its limits."""
 
     def __init__(self, process: subprocess.Popen[str], limits: Limits) -> None:
-        self.peak_rss_bytes, self.reason = 0, ""
+        self.peak_rss_bytes, self.reason, self.yielding = 0, "", ""
+        self._patience_ends = math.inf
         self._process, self._limits, self._done = process, limits, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -123,8 +145,18 @@ class _Watch:
                     self._end(f"took more than {self._limits.ram_bytes / 1e9:.1f} GB of memory; raise ram_bytes")
                 elif time.monotonic() > end:
                     self._end(f"took longer than {self._limits.seconds / 60:.1f} minutes; raise minutes")
+                elif time.monotonic() > self._patience_ends:
+                    self._process.kill()
+                elif not self.yielding:
+                    self._heed()
         except psutil.Error:
             pass  # it has ended
+
+    def _heed(self) -> None:
+        self.yielding = self._limits.stop()
+        if self.yielding:
+            self._process.terminate()
+            self._patience_ends = time.monotonic() + GRACE_S
 
     def _end(self, reason: str) -> None:
         self.reason = reason

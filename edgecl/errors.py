@@ -9,7 +9,7 @@ EdgeclError                       the base: catch this one
 ├── Diverged                      training came to a loss that is not a number: the night is refused (exit code 3)
 ├── StageError                    a child process (train, merge, measure) failed, crashed or ran out
 ├── NothingToLearn                no pending example (exit code 4)
-└── NotNow                        another night is running; try again later (exit code 75)
+└── NotNow                        the machine is not free, or another night is running; a night goes on later (exit code 75)
 
 A refused night is not an error: it is `AdaptReport(accepted=False, reason=...)`.
 """
@@ -74,6 +74,6 @@ class NothingToLearn(EdgeclError):
 
 
 class NotNow(EdgeclError):
-    """Another night is running; nothing was changed."""
+    """The machine is not free, or another night is running: what serves and what waits is as it was, a night goes on later."""
 
     exit_code = 75

@@ -93,10 +93,14 @@ def _digest(handle: Any) -> str:
     return digest.hexdigest()
 
 
-def unpublished(folder: Path, model: Path, adapter: Path | None) -> Generation:
-    """Return files that are measured before they are published, or never are; no manifest can have such a hash."""
+def unpublished(folder: Path, model: Path, adapter: Path | None, identity: str = "") -> Generation:
+    """Return files that are measured before they are published, or never are; no manifest can have such a hash.
+
+    Args:
+        identity: what their scores are remembered under, beside the model's name; "": the folder's name.
+    """
     manifest = Manifest(number=-1, parent="", base_sha256="", model=model.name, created=now())
-    return Generation(manifest, folder, f"draft {folder.name} {model.name}", model, adapter)
+    return Generation(manifest, folder, f"draft {identity or folder.name} {model.name}", model, adapter)
 
 
 class Generations:

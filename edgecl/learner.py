@@ -9,9 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,7 +102,7 @@ class Learner:
         model: Path | str,
         home: Path | str | None = None,
         *,
-        quant: str = "int8",
+        quant: str = "",
         precision: str = "",
         profile: str = "laptop-cpu",
         force: bool = False,
@@ -112,6 +112,7 @@ class Learner:
 
         Args:
             model: a GGUF file, a Hugging Face folder (its F16 conversion is kept in the home), or "smollm2", the packaged one.
+            quant: what is served; "": the profile's, or that of `precision`.
             precision: f16, int8 or int4: the base is written at it first, in the home; nights are then trained against exactly
                 the weights that they are merged into and served with, and `quant` is that precision.
             force: replace a home that exists; its store and generations are deleted.
@@ -122,8 +123,8 @@ class Learner:
         """
         place = Path(home) if home else default_home()
         path = find_model(model)
-        load_profile(profile)
-        quant = served_at(precision) if precision else quant
+        wanted = load_profile(profile).quant
+        quant = served_at(precision) if precision else quant or wanted
         with translated(), open_source(path) as source:
             check_architecture(source)
             resolve_quant(quant, source)
@@ -147,7 +148,8 @@ class Learner:
         if exists:
             for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
                 (place / old).unlink(missing_ok=True)
-            shutil.rmtree(place / "generations", ignore_errors=True)
+            for folder in ("generations", "runs"):
+                shutil.rmtree(place / folder, ignore_errors=True)
         stat = base.stat()
         manifest = Manifest(
             number=0,
@@ -325,6 +327,7 @@ class Learner:
         gate: str = "enforce",
         compare: Sequence[str] = (),
         progress: Progress | None = None,
+        stop: Callable[[], str] = str,
     ) -> AdaptReport:
         """Run one night: learn what is pending, and publish the result unless it makes something worse.
 
@@ -332,34 +335,27 @@ class Learner:
             task: learn only this task's rows; the others stay pending.
             gate: "enforce" refuses a night; "report" records the verdict and keeps it.
             compare: further quants to merge and measure for `survival`, such as ("int4",).
+            stop: asked again and again: why the night must yield now, "" while it need not.
 
         Raises:
             NothingToLearn: no pending rows.
-            NotNow: another night is running.
+            NotNow: another night is running, or this one yielded; it goes on from there the next time.
             EdgeclError: a stage failed; yesterday's model serves still and no row is lost.
         """
         if gate not in GATES:
             raise SettingError(f"gate must be one of {', '.join(GATES)}; got {gate}")
         with self._lock(), translated():
             self._finish_last_night()
-            self.generations.check_base(full=True)
             new = self.store.rows("pending", task)
             if not new:
                 what = f"no pending example of task {task}" if task else "no pending example"
                 raise NothingToLearn(f"nothing to learn: {what}; `edgecl observe FILE.jsonl` adds some")
+            self.generations.check_base(full=True)
             minutes = self.profile.minutes if minutes is None else minutes
-            limits = self.limits(minutes, ram_bytes)
+            limits = replace(self.limits(minutes, ram_bytes), stop=stop)
+            meter = self.meter(progress, limits)
             night = Night(
-                self.settings,
-                self.profile,
-                self.store,
-                self.generations,
-                self.meter(progress, limits),
-                limits,
-                minutes,
-                gate,
-                compare,
-                progress,
+                self.settings, self.profile, self.store, self.generations, meter, limits, minutes, gate, compare, progress
             )
             return night.run(new)
 

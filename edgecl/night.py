@@ -3,10 +3,15 @@
 Read `run` top to bottom. Every stage that loads a model is a child process; what decides (which rows stay, whether the night is
 kept) are the pure functions of `replay`, `metrics` and `gate`. Until `publish` renames the draft nothing that serves is
 touched; rows leave `pending` only after that.
+
+A night may be interrupted and ends where it would have ended: what the models wrote and the checkpoint of training stay in
+runs/, the scores in the store, until it is published or refused by the gate. A stage that fails refuses the night too, with its
+reason and log in the history, but what was come to before it is kept: the next night goes on from there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -14,6 +19,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,7 @@ from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .errors import Diverged, EdgeclError, StageError
+from .errors import Diverged, EdgeclError, NotNow, StageError
 from .gate import TaskResult, judge
 from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import Meter, mean_loss, record_of
@@ -106,6 +112,7 @@ class Night:
         """Learn pending rows.
 
         Raises:
+            NotNow: the night yields; the next one goes on from there.
             EdgeclError: a stage failed; what served before serves still, and no row left `pending`.
         """
         yesterday = self.generations.current()
@@ -116,7 +123,6 @@ class Night:
         report = self.report
         report.n_new, report.n_replay = len(new), len(replay)
         draft = self.generations.draft()
-        self.store.drop_draft_scores()
         try:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
@@ -128,6 +134,9 @@ class Night:
             others = [other for pairs in swaps.values() for _, other in pairs]
             after, report.prose["after"] = self.meter.measure(tonight, [*rows, *others])
         except EdgeclError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, NotNow):
+                raise
             log = {"log": error.log} if isinstance(error, StageError) else {}
             report.reason = str(error)
             self.store.record_night(None, False, report.reason, report.as_dict() | log)
@@ -148,17 +157,25 @@ class Night:
             self.store.record_night(None, False, report.reason, report.as_dict())
             return self._refuse(draft)
         self._publish(draft, tonight, yesterday, new)
-        self._checkpoint.unlink(missing_ok=True)
+        self._forget_run()
         return report
 
     @property
-    def _checkpoint(self) -> Path:
-        return self.generations.home / "runs" / "checkpoint.safetensors"
+    def _runs(self) -> Path:
+        folder = self.generations.home / "runs"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        return folder
 
     def _refuse(self, draft: Path) -> AdaptReport:
         shutil.rmtree(draft, ignore_errors=True)
-        self._checkpoint.unlink(missing_ok=True)
+        self._forget_run()
         return self.report
+
+    def _forget_run(self) -> None:
+        """Remove what an interrupted night would have gone on from."""
+        self.store.drop_draft_scores()
+        for name in ("written.json", "checkpoint.safetensors"):
+            (self._runs / name).unlink(missing_ok=True)
 
     def _plan(self, new: list[Stored], replay: list[Stored]) -> Plan:
         """Return what each task is measured on: its held-out rows, else tonight's own, else those it rehearses."""
@@ -180,7 +197,6 @@ class Night:
         n = min(self.settings.replay.written, max(round(n_new * (WRITTEN_A_ROW if replay else 1)), MIN_WRITTEN))
         if not n:
             return []
-        report = self.report
         number = self.generations.next_number()
         shuffled = random.Random(number).sample(replay, len(replay))
         begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
@@ -200,11 +216,25 @@ class Night:
             }
             for i, (model, adapter, rows, n_rows) in enumerate(parts)
         ]
-        request = {"base": self.settings.base, "engine": self.meter.engine, "writers": writers}
-        began = time.perf_counter()
+        written = self._written({"base": self.settings.base, "engine": self.meter.engine, "writers": writers}, yesterday)
+        self.report.n_written = len(written)
+        return written
+
+    def _written(self, request: dict[str, Any], yesterday: Generation) -> list[Any]:
+        """Return the rows that are asked for: those an interrupted night has, if it asked for the same, else new ones.
+
+        A checkpoint is of the rows it was trained on, and what llama.cpp writes is the same again only on the same threads.
+        """
+        path = self._runs / "written.json"
+        key = sha256(json.dumps([yesterday.hash, request]).encode()).hexdigest()
+        with contextlib.suppress(OSError, ValueError):  # none, or damaged
+            kept_key, kept = json.loads(path.read_text("utf-8"))
+            if kept_key == key:
+                return list(kept)
+        began, report = time.perf_counter(), self.report
         result, peak = run_stage("write", request, replace(self.limits, nice=self.profile.nice), self.progress)
-        report.n_written, report.write_s = len(result["written"]), time.perf_counter() - began
-        report.peak_rss_bytes = max(report.peak_rss_bytes, peak)
+        report.write_s, report.peak_rss_bytes = time.perf_counter() - began, max(report.peak_rss_bytes, peak)
+        write_atomic(path, json.dumps([key, result["written"]]))
         return list(result["written"])
 
     def _adapter_of(self, row: Stored, yesterday: Generation) -> Path | None:
@@ -215,7 +245,6 @@ class Night:
 
     def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)
-        self._checkpoint.parent.mkdir(exist_ok=True, mode=0o700)
         learning = {row.example.task for row in new}
         heldout = [row for row in self.store.rows("heldout") if row.example.task in learning]
         request = {
@@ -228,7 +257,7 @@ class Night:
             "heldout": [record_of(row.example) for row in heldout] if self.settings.train.patience else [],
             "settings": asdict(self.settings.train),
             "limits": asdict(limits),
-            "runs": str(self._checkpoint.parent),
+            "runs": str(self._runs),
             "adapter_gguf": str(draft / "adapter.gguf"),
             "adapter_peft": str(draft / "adapter"),
         }
@@ -243,7 +272,7 @@ class Night:
         The wanted type comes first; where it keeps less than gate.min_survival, INT8; where that fails too, base + adapter.
         """
         report, wanted = self.report, self.settings.quant
-        unmerged = unpublished(draft, Path(self.settings.base), draft / "adapter.gguf")
+        unmerged = _draft(draft, Path(self.settings.base), draft / "adapter.gguf")
         report.losses["adapter"] = mean_loss(self.meter.scores(unmerged, learned), learned)
         report.survival["adapter"] = 1.0
         served = unmerged
@@ -276,7 +305,7 @@ class Night:
         }
         result, peak = run_stage("merge", request, self.limits, self.progress)
         self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
-        return unpublished(draft, path, None), result
+        return _draft(draft, path, None), result
 
     def _publish(self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored]) -> None:
         report, number = self.report, self.generations.next_number()
@@ -312,6 +341,11 @@ def swapped(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
             messages = (*row.messages[:-1], (row.messages[-1][0], other))
             out.append((row, replace(row, messages=messages, final=None, program=None)))
     return out
+
+
+def _draft(folder: Path, model: Path, adapter: Path | None) -> Generation:
+    """Return files of the draft, whose scores are remembered by their adapter: an interrupted night comes to it again."""
+    return unpublished(folder, model, adapter, sha256_file(folder / "adapter.gguf")[:16])
 
 
 def _learned_rows(plan: Plan, new: list[Stored]) -> list[Example]:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,19 +34,34 @@ class Profile:
     Attributes:
         threads: cores to use, 0 for all; training leaves one of more than two to who is chatting meanwhile.
         ram_bytes: what a child process may hold; training is planned to fit, and more is a refused night.
-        minutes: longest night.
+        minutes: the longest sitting of a night. Training takes at most 0.6 of it, over all sittings of its night together;
+            any other stage is ended after all of it; `edgecl nightly` yields after it, and goes on the next time.
+        quant: what `edgecl init` is to serve where it is not told.
         n_ctx: tokens of the served context; longer examples are cut from the left of the prompt.
+        n_batch: prompt tokens that llama.cpp decodes at once.
+        n_gpu_layers: layers that llama.cpp keeps on a GPU; -1 is all.
+        cmake_args: CMAKE_ARGS with which llama.cpp is to be built for such a machine; for people, nothing here reads it.
         nice: added to the niceness of the training child.
+        window: hours of local time in which `edgecl nightly` may run, such as "22:00-06:00"; "" is any time.
+        needs_ac: whether it waits for mains power; a machine without a battery has it.
+        max_temperature_c: it waits for, and yields at, a hotter sensor.
+        idle_minutes: it waits until nobody has been at a keyboard for so long, and yields when somebody is; 0: never.
     """
 
     name: str = "laptop-cpu"
     threads: int = 0
     ram_bytes: int = 4_000_000_000
     minutes: float = 60.0
+    quant: str = "int8"
     n_ctx: int = 2048
     n_batch: int = 512
     n_gpu_layers: int = 0
+    cmake_args: str = ""
     nice: int = 10
+    window: str = ""
+    needs_ac: bool = True
+    max_temperature_c: float = 90.0
+    idle_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         """Check every limit.
@@ -54,9 +70,30 @@ class Profile:
             SettingError: a limit is out of range.
         """
         where = f" (profile {self.name})"
-        _check_least(self, "", where, threads=0, ram_bytes=1, n_ctx=64, n_batch=16, n_gpu_layers=-1, nice=0)
-        if not self.minutes > 0:
-            raise SettingError(f"minutes must be above 0, got {self.minutes}{where}")
+        _check_least(self, "", where, threads=0, ram_bytes=1, n_ctx=64, n_batch=16, n_gpu_layers=-1, nice=0, idle_minutes=0)
+        for key in ("minutes", "max_temperature_c"):
+            if not getattr(self, key) > 0:
+                raise SettingError(f"{key} must be above 0, got {getattr(self, key)}{where}")
+        if self.window:
+            try:
+                begin, end = self._hours()
+            except ValueError:
+                begin = end = time()
+            if begin == end:
+                raise SettingError(
+                    f'window must be hours such as "22:00-06:00", or "" for any time, got {self.window!r}{where}'
+                )
+
+    def is_open(self, at: time) -> bool:
+        """Return whether a time of day is inside the window; a window that closes before it opens goes over midnight."""
+        if not self.window:
+            return True
+        begin, end = self._hours()
+        return begin <= at < end if begin < end else not end <= at < begin
+
+    def _hours(self) -> tuple[time, time]:
+        begin, end = (datetime.strptime(clock, "%H:%M").time() for clock in self.window.split("-"))
+        return begin, end
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -120,6 +122,8 @@ def train_stage(request: Request, report: Report) -> Request:
             replay += [written_row(chats, **row) for row in request["written"]]
             anchor = anchor_pieces(vocab)
         start = read_gguf_adapter(request["start"]) if request["start"] else None
+        told = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: told.set())  # until here there is nothing to save
         runs = Path(request["runs"])
         with LatentStore(runs / "latents.db", request["base_sha256"]) as store:
             night = Night(
@@ -129,6 +133,7 @@ def train_stage(request: Request, report: Report) -> Request:
                 store=store,
                 checkpoint=runs / "checkpoint.safetensors",
                 base_sha256=request["base_sha256"],
+                stop=told.is_set,
             )
             adapter, result = train(
                 gguf,

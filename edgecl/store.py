@@ -283,7 +283,7 @@ class Store:
         self.drop_draft_scores()
 
     def drop_draft_scores(self) -> None:
-        """Forget the scores of drafts: the next night's draft may have the same name and is another model."""
+        """Forget the scores of drafts: their night is over."""
         with self._transaction():
             self._db.execute("delete from scores where generation like 'draft %'")
 

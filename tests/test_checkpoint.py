@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from tiny import build, random_adapter, random_tokens
 
+from edgecl.errors import NotNow
 from edgecl.profile import Profile, TrainSettings
 from edgecl.train import Night, TrainRow, train
 from edgecl.train.checkpoint import CheckpointError, Facts, read_checkpoint, write_checkpoint
@@ -125,6 +126,16 @@ def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(base, tmp_pat
     resumed, again = train(base, NEW, REPLAY, SETTINGS, ONE, night(path))
     assert again.resumed_at == 10 and again.steps == report.steps
     assert same(resumed, whole)
+
+
+def test_a_run_that_is_told_to_stop_saves_first_and_one_that_has_ended_stays_ended(base, tmp_path):
+    settings = replace(SETTINGS, patience=1, eval_every=1, learning_rate=0.0)  # nothing gets better after the first step
+    path, told = tmp_path / "checkpoint.safetensors", iter([False, True])
+    with pytest.raises(NotNow, match="told to stop after 1 of 12 steps"):
+        train(base, NEW, REPLAY, settings, ONE, night(path, stop=lambda: next(told)))
+    for resumed_at in (1, 2):
+        _, report = train(base, NEW, REPLAY, settings, ONE, night(path))
+        assert (report.resumed_at, report.steps, report.stopped_early) == (resumed_at, 2, True)
 
 
 def test_a_checkpoint_of_another_night_is_not_gone_on_from(base, tmp_path):

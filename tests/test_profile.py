@@ -1,6 +1,7 @@
 """Profiles and edgecl.toml: what is shipped loads, a misspelt or impossible limit is named, what is written is read back."""
 
 import dataclasses
+from datetime import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ def test_an_unknown_profile_is_answered_with_the_known_ones(tmp_path: Path) -> N
         ("n_batch = 0", "n_batch must be at least 16"),
         ("n_gpu_layers = -2", "n_gpu_layers must be at least -1"),
         ("nice = -5", "nice must be at least 0"),
+        ("window = '22:00'", """window must be hours such as "22:00-06:00", or "" for any time, got '22:00'"""),
+        ("window = '22-6'", "window must be hours"),
+        ("window = '22:00-24:00'", "window must be hours"),
+        ("window = '01:00-02:00-03:00'", "window must be hours"),
+        ("window = '06:00-06:00'", "window must be hours"),
+        ("max_temperature_c = nan", "max_temperature_c must be above 0, got nan"),
+        ("idle_minutes = -1", "idle_minutes must be at least 0, got -1"),
+        ("needs_ac = 1", "needs_ac must be a bool, got 1"),
         ("minutes = ", "is not TOML"),
         ("minutes = 1\nminutes = 2", "is not TOML"),
     ],
@@ -82,6 +91,20 @@ def test_a_profile_that_cannot_be_read_as_text_is_a_setting_error(tmp_path: Path
     (tmp_path / "latin.toml").write_bytes(b"# gr\xfcn\nnice = 1\n")
     with pytest.raises(SettingError, match="is not TOML"):
         load_profile(str(tmp_path / "latin.toml"))
+
+
+@pytest.mark.parametrize(
+    ("window", "inside", "outside"),
+    [
+        ("22:00-06:00", ("22:00", "23:59", "00:00", "05:59"), ("06:00", "12:00", "21:59")),
+        ("01:30-04:00", ("01:30", "03:59"), ("01:29", "04:00", "23:00")),
+        ("", ("00:00", "12:00"), ()),
+    ],
+)
+def test_a_window_opens_and_closes_also_over_midnight(window: str, inside: tuple[str, ...], outside: tuple[str, ...]) -> None:
+    profile = Profile(window=window)
+    for clock in (*inside, *outside):
+        assert profile.is_open(time.fromisoformat(clock)) is (clock in inside), clock
 
 
 def test_what_a_profile_leaves_out_has_its_default(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ FILES = {
 LAYERS = (
     {"errors", "edgecl_convert"},
     {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
-    {"train", "engine", "store", "generations", "timer"},
-    {"measure", "night", "learner", "stream", "stages", "demo", "audit", "export", "modelfile"},
+    {"train", "engine", "store", "generations", "device", "timer"},
+    {"measure", "night", "learner", "nightly", "stream", "stages", "demo", "audit", "export", "modelfile"},
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
     {"__main__"},
 )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from ..device import propose_profile
 from ..errors import DataError
 from ..learner import Learner
 from ..profile import PRECISIONS
@@ -17,22 +18,28 @@ from .output import console, json_option, print_json, safe
 
 @click.command()
 @click.argument("model")
-@click.option("--quant", default="int8", show_default=True, help="What is served: int8, int4, keep, or a type.")
+@click.option("--quant", default="", help="What is served: int8, int4, keep, or a type. Default: the profile's.")
 @click.option(
     "--precision", type=click.Choice([*PRECISIONS]), help="Write the base at it first: what is trained is what is served."
 )
-@click.option("--profile", default="laptop-cpu", show_default=True, help="Limits: a profile's name, or a TOML file.")
+@click.option("--profile", help="Limits: a profile's name, or a TOML file. Default: what suits this machine.")
 @click.option("--force", is_flag=True, help="Replace a home that exists, with its store and its generations.")
 @json_option
 @click.pass_obj
-def init(home: Path | None, model: str, quant: str, precision: str | None, profile: str, force: bool, as_json: bool) -> None:
+def init(
+    home: Path | None, model: str, quant: str, precision: str | None, profile: str | None, force: bool, as_json: bool
+) -> None:
     """Make a home for MODEL: a GGUF file, a Hugging Face folder, or `smollm2`, the packaged one."""
-    with Learner.init(model, home, quant=quant, precision=precision or "", profile=profile, force=force) as learner:
-        status = learner.status()
+    proposed, machine = propose_profile()
+    name = profile or proposed
+    with Learner.init(model, home, quant=quant, precision=precision or "", profile=name, force=force) as learner:
+        status = learner.status() | {"profile": name}
     if as_json:
         print_json(status)
-    else:
-        click.echo(f"{status['home']} is ready: it serves {Path(status['base']).name}, and will serve {status['quant']}")
+        return
+    click.echo(f"{status['home']} is ready: it serves {Path(status['base']).name}, and will serve {status['quant']}")
+    why = "" if profile else f", proposed for this machine ({safe(machine)}); --profile chooses another"
+    click.echo(f"its profile is {safe(name)}{why}")
 
 
 @click.command()

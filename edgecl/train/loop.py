@@ -22,7 +22,7 @@ import torch
 from edgecl_convert import Adapter, GgufFile
 from edgecl_convert.ggml import default_threads
 
-from ..errors import DataError, Diverged
+from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
 from .batches import TrainRow, epoch, micro_batches, shared_prefix, usable
 from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
@@ -84,6 +84,7 @@ class Night:
         checkpoint: the file that an interrupted run goes on from; None: none is written.
         checkpoint_every_s: an interrupted run loses at most so much.
         base_sha256: of the base's file, as the checkpoint names it.
+        stop: asked before each step: whether the run must save its checkpoint and end with NotNow.
     """
 
     start: Adapter | None = None
@@ -93,6 +94,7 @@ class Night:
     checkpoint: Path | None = None
     checkpoint_every_s: float = 60.0
     base_sha256: str = ""
+    stop: Callable[[], bool] = bool  # bool() is False
 
 
 def train(
@@ -112,6 +114,7 @@ def train(
     Raises:
         DataError: no row can be learned.
         Diverged: the loss is not a number.
+        NotNow: it was told to stop; the next run goes on from the checkpoint.
         EdgeclError: the memory is too small for any plan.
         UnsupportedError, AdapterError, CheckpointError: the base, the start or the checkpoint cannot be used.
     """
@@ -252,19 +255,26 @@ class _Run:
         report = self.report
         report.steps, report.tokens, report.losses = progress["steps"], progress["tokens"], progress["losses"]
         report.heldout = {int(step): loss for step, loss in progress["heldout"].items()}
+        report.stopped_early = progress.get("stopped_early", False)
         report.resumed_at, self.spent_s = report.steps, progress["train_s"]
 
-    def _save(self, path: Path, train_s: float) -> None:
+    def _save(self, train_s: float) -> None:
+        if self.night.checkpoint is None:
+            return
         optimizer, report, plan = self.optimizer, self.report, self.plan
         tensors = {"flat": optimizer.flat.detach(), "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
-        progress: dict[str, Any] = {name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout")}
+        progress: dict[str, Any] = {
+            name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout", "stopped_early")
+        }
         progress |= {"train_s": train_s, "first_layer": plan.first_layer, "micro_tokens": plan.micro_tokens}
         progress["seconds"] = plan.seconds
         if self.averaged is not None:
             tensors["averaged"] = self.averaged
         if self.best is not None:
             progress["best"], tensors["best"] = self.best
-        write_checkpoint(path, self._facts(), {name: tensor.cpu() for name, tensor in tensors.items()}, progress)
+        write_checkpoint(
+            self.night.checkpoint, self._facts(), {name: tensor.cpu() for name, tensor in tensors.items()}, progress
+        )
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -274,12 +284,16 @@ class _Run:
         began = saved = time.perf_counter()
         for step in range(report.steps, n_steps):
             now = time.perf_counter()
-            if now - began + self.spent_s > 60 * self.limits.minutes:
+            spent_s = now - began + self.spent_s
+            if report.stopped_early or spent_s > 60 * self.limits.minutes:
                 report.stopped_early = True
                 break
-            if self.night.checkpoint and step and now - saved >= self.night.checkpoint_every_s:
-                self._save(self.night.checkpoint, now - began + self.spent_s)
+            is_told = self.night.stop()
+            if is_told or (step and now - saved >= self.night.checkpoint_every_s):
+                self._save(spent_s)
                 saved = now
+            if is_told:
+                raise NotNow(f"training was told to stop after {step} of {n_steps} steps")
             value = self._step(step)
             report.steps += 1
             report.tokens += sum(len(row.ids) for row in self.batches[step])
@@ -290,6 +304,7 @@ class _Run:
                 report.stopped_early = True
                 break
         report.train_s = time.perf_counter() - began + self.spent_s
+        self._save(report.train_s)  # what comes next may be interrupted too
         report.tokens_per_s = report.tokens / max(report.train_s, 1e-9)
 
     def _step(self, step: int) -> float:

@@ -1,0 +1,92 @@
+"""A night inside the profile's contract: it begins when the machine is free, and yields when it no longer is.
+
+The machine is looked at before the night and every few seconds of it. A night that yields keeps what it has come to (see
+`night`) and raises NotNow; the next one goes on from there, so a timer may simply try again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from edgecl_convert import GgufFile, resolve_quant
+from edgecl_convert.names import PROJECTIONS
+
+from .child import Progress
+from .device import Sensors, why_not_now
+from .errors import NotNow
+from .learner import Learner, translated
+from .night import AdaptReport
+from .profile import Settings
+
+EVERY_S = 3.0  # the machine is looked at this often while a night runs
+BYTES_A_WEIGHT = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
+Q8_0_BYTES = 34 / 32  # a weight, at the widest of the other types
+ADAPTERS = 2 + 2 * 5  # adapter.gguf and adapter/; a checkpoint (weights, two moments, average, best) while it replaces one
+
+
+def nightly(
+    learner: Learner,
+    sensors: Sensors | None = None,
+    told: Callable[[], str] = str,
+    progress: Progress | None = None,
+) -> AdaptReport:
+    """Run one night, or go on with one that yielded.
+
+    Args:
+        told: why the night is to yield now whatever the machine says, such as a signal that came; "" while it need not.
+
+    Raises:
+        NothingToLearn: no pending rows.
+        NotNow: the machine is not free, or stopped being it; what was done so far is kept.
+        EdgeclError: a stage failed; yesterday's model serves still, no row is lost, and the history has reason and log.
+    """
+    contract = _Contract(learner, sensors or Sensors(), told)
+    if learner.store.rows("pending"):
+        learner.generations.check_base(full=False)
+        if reasons := contract.look(needed_bytes(learner.settings)):
+            raise NotNow(f"not now: {reasons}")
+    return learner.adapt(progress=progress, stop=contract)
+
+
+def needed_bytes(settings: Settings) -> int:
+    """Return the disk that a night may fill beside the base, which is there: the merged file, adapter and checkpoint.
+
+    Raises:
+        EdgeclError: the base cannot be read, or there is no such quant.
+    """
+    with translated(), GgufFile(settings.base) as base:
+        qtype = resolve_quant(settings.quant, base, learned=True)
+        n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
+        projections = [info.shape for name, info in base.tensors.items() if PROJECTIONS.keys() & set(name.split("."))]
+    merged = max(Path(settings.base).stat().st_size, round(n_weights * BYTES_A_WEIGHT.get(qtype, Q8_0_BYTES)))
+    return merged + ADAPTERS * 4 * settings.train.r * sum(sum(shape) for shape in projections)
+
+
+class _Contract:
+    """What a profile asks of the machine, and a look at whether it is so."""
+
+    def __init__(self, learner: Learner, sensors: Sensors, told: Callable[[], str]) -> None:
+        self._profile, self._home, self._sensors, self._told = learner.profile, learner.home, sensors, told
+        self._began = self._looked = sensors.clock()
+        self._found = ""
+
+    def __call__(self) -> str:
+        """Return the reason, "" for none; the machine is looked at every EVERY_S seconds, however often this is asked."""
+        if told := self._told():
+            return told
+        now = self._sensors.clock()
+        if not 0 <= now - self._looked < EVERY_S:
+            self._looked, self._found = now, self.look()
+        return self._found
+
+    def look(self, needed_bytes: int | None = None) -> str:
+        """Return what the machine says against a night now; `needed_bytes` of disk before it begins."""
+        now, minutes = self._sensors.clock(), self._profile.minutes
+        readings = self._sensors.read(self._home)
+        reasons = why_not_now(readings, self._profile, datetime.fromtimestamp(now), needed_bytes)
+        if now - self._began > 60 * minutes:
+            reasons.append(f"this sitting has taken its {minutes:g} minutes")
+        return "; ".join(reasons)
