@@ -3,6 +3,10 @@
 The parent sends one JSON object on stdin; the child writes JSON lines on stdout: {"progress": [...]} any number of times, then
 {"result": ...} or {"error": ..., "exit_code": ...}. stderr is the log. Memory and time are watched from outside, because
 RLIMIT_AS counts memory maps that cost nothing.
+
+A child that is nice gives way at once: at SCHED_IDLE the kernel takes its cores away as soon as someone else wants them, and
+its threads do not spin for long where they wait. *Does not cover*: a chat in another control group with its own CPU weight, as
+systemd makes them for services and some desktops for each terminal; the kernel shares between groups first.
 """
 
 from __future__ import annotations
@@ -25,11 +29,17 @@ import psutil
 from .errors import EdgeclError, StageError
 
 Progress = Callable[[str, int, int, str], None]  # (stage, done, total, text)
+BRIEFLY = "10000"  # spins of a waiting thread, a fraction of a millisecond: none at all costs a wake-up at every barrier
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may take; ram_bytes and seconds of wall time."""
+    """What a child may take; ram_bytes and seconds of wall time.
+
+    Attributes:
+        nice: added to its niceness; above 0 it also runs at SCHED_IDLE and waits without much spinning.
+        threads: of OpenMP, 0 for as many as there are cores.
+    """
 
     ram_bytes: int
     seconds: float
@@ -54,11 +64,15 @@ def run_stage(
     environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if limits.threads:
         environment["OMP_NUM_THREADS"] = str(limits.threads)
+    if limits.nice:  # read when OpenMP is loaded, which llama_cpp does: too early for a stage to say it itself
+        environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": BRIEFLY} | environment
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "edgecl.stages", stage],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, encoding="utf-8",
         )  # fmt: skip
+        if limits.nice:
+            _give_way(process.pid, limits.nice)
         watch = _Watch(process, limits)
         result: dict[str, Any] | None = None
         failure: dict[str, Any] | None = None
@@ -95,6 +109,13 @@ def run_stage(
     return result, watch.peak_rss_bytes
 
 
+def _give_way(pid: int, nice: int) -> None:
+    """Let a process that has just been started have what cores others leave; threads that it starts inherit that."""
+    with contextlib.suppress(OSError):  # it has ended, or a container does not allow it
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid) + nice)
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
+
 def _how_it_ended(code: int, log: str) -> str:
     last = log.strip().splitlines()[-1] if log.strip() else "no word"
     if code < 0:
@@ -115,8 +136,6 @@ class _Watch:
         end = time.monotonic() + self._limits.seconds
         try:
             child = psutil.Process(self._process.pid)
-            if self._limits.nice:
-                child.nice(child.nice() + self._limits.nice)
             while not self._done.wait(0.1):
                 self.peak_rss_bytes = max(self.peak_rss_bytes, child.memory_info().rss)
                 if self.peak_rss_bytes > self._limits.ram_bytes:

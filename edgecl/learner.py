@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -209,15 +209,15 @@ class Learner:
             ids = chat_format(base, engine.vocab).prompt(messages)
         return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
 
-    def engine(self) -> Engine:
-        """Return llama.cpp with the serving generation loaded; a new generation is picked up here, between turns.
+    def engine(self, generation: Generation | None = None) -> Engine:
+        """Return llama.cpp with a generation loaded (default: the one that serves; a new one is picked up here, between turns).
 
         Raises:
             EdgeclError: the base changed, or the model cannot be loaded.
         """
         from .engine import Engine
 
-        serving = self.generations.current()
+        serving = generation or self.generations.current()
         if self._engine is None:
             self.generations.check_base(full=False)
             self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
@@ -348,7 +348,7 @@ class Learner:
                 what = f"no pending example of task {task}" if task else "no pending example"
                 raise NothingToLearn(f"nothing to learn: {what}; `edgecl observe FILE.jsonl` adds some")
             minutes = self.profile.minutes if minutes is None else minutes
-            limits = self.limits(minutes, ram_bytes)
+            limits = replace(self.limits(minutes, ram_bytes), nice=self.profile.nice)
             night = Night(
                 self.settings,
                 self.profile,

@@ -199,7 +199,7 @@ class Night:
         ]
         request = {"base": self.settings.base, "engine": self.meter.engine, "writers": writers}
         began = time.perf_counter()
-        result, peak = run_stage("write", request, replace(self.limits, nice=self.profile.nice), self.progress)
+        result, peak = run_stage("write", request, self.limits, self.progress)
         report.n_written, report.write_s = len(result["written"]), time.perf_counter() - began
         report.peak_rss_bytes = max(report.peak_rss_bytes, peak)
         return list(result["written"])
@@ -229,7 +229,7 @@ class Night:
             "adapter_gguf": str(draft / "adapter.gguf"),
             "adapter_peft": str(draft / "adapter"),
         }
-        result, peak = run_stage("train", request, replace(self.limits, nice=self.profile.nice), self.progress)
+        result, peak = run_stage("train", request, self.limits, self.progress)
         report = self.report
         report.train, report.peak_rss_bytes = result | {"peak_rss_bytes": peak}, max(report.peak_rss_bytes, peak)
         report.train_s, report.train_tokens_per_s = result["train_s"], result["tokens_per_s"]

@@ -35,7 +35,8 @@ class Profile:
         ram_bytes: what a child process may hold; training is planned to fit, and more is a refused night.
         minutes: longest night.
         n_ctx: tokens of the served context; longer examples are cut from the left of the prompt.
-        nice: added to the niceness of the training child.
+        nice: added to the niceness of a night's child processes; above 0 they also run at SCHED_IDLE, on cores that nobody
+            else wants, so that an answer need not wait for them.
     """
 
     name: str = "laptop-cpu"
