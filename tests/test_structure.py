@@ -23,7 +23,7 @@ LAYERS = (
     {"errors", "edgecl_convert"},
     {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
     {"train", "engine", "store", "generations"},
-    {"measure", "night", "learner", "chat", "stream", "stages", "demo"},
+    {"measure", "night", "learner", "chat", "beside", "stream", "stages", "demo"},
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
