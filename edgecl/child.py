@@ -6,6 +6,10 @@ RLIMIT_AS counts memory maps that cost nothing.
 
 A child whose night must yield is sent SIGTERM. Training finishes its step, saves and ends with an error of NotNow's exit code;
 any other stage just ends, and is run again the next time.
+
+A child that is nice gives way at once: at SCHED_IDLE the kernel takes its cores away as soon as someone else wants them, and
+its threads do not spin for long where they wait. *Does not cover*: a chat in another control group with its own CPU weight, as
+systemd makes them for services and some desktops for each terminal; the kernel shares between groups first.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from .errors import EdgeclError, NotNow, StageError
 
 Progress = Callable[[str, int, int, str], None]  # (stage, done, total, text)
 GRACE_S = 60.0  # for a child that was told to stop; then it is ended, and its last checkpoint counts
+BRIEFLY = "10000"  # spins of a waiting thread, a fraction of a millisecond: none at all costs a wake-up at every barrier
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Limits:
 
     Attributes:
         seconds: of wall time.
+        nice: added to its niceness; above 0 it also runs at SCHED_IDLE and waits without much spinning.
+        threads: of OpenMP, 0 for as many as there are cores.
         stop: why the night must yield now, "" while it need not: asked before a child starts and ten times a second after.
     """
 
@@ -69,11 +76,15 @@ def run_stage(
     environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if limits.threads:
         environment["OMP_NUM_THREADS"] = str(limits.threads)
+    if limits.nice:  # read when OpenMP is loaded, which llama_cpp does: too early for a stage to say it itself
+        environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": BRIEFLY} | environment
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "edgecl.stages", stage],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, encoding="utf-8",
         )  # fmt: skip
+        if limits.nice:
+            _give_way(process.pid, limits.nice)
         watch = _Watch(process, limits)
         result: dict[str, Any] | None = None
         failure: dict[str, Any] | None = None
@@ -116,6 +127,13 @@ def _yielded(reason: str) -> NotNow:
     return NotNow(f"the night yields: {reason}; it goes on from there the next time")
 
 
+def _give_way(pid: int, nice: int) -> None:
+    """Let a process that has just been started have what cores others leave; threads that it starts inherit that."""
+    with contextlib.suppress(OSError, AttributeError):  # it has ended, a container forbids it, macOS has no such class
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid) + nice)
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
+
 def _how_it_ended(code: int, log: str) -> str:
     last = log.strip().splitlines()[-1] if log.strip() else "no word"
     if code < 0:
@@ -137,8 +155,6 @@ class _Watch:
         end = time.monotonic() + self._limits.seconds
         try:
             child = psutil.Process(self._process.pid)
-            if self._limits.nice:
-                child.nice(child.nice() + self._limits.nice)
             while not self._done.wait(0.1):
                 self.peak_rss_bytes = max(self.peak_rss_bytes, child.memory_info().rss)
                 if self.peak_rss_bytes > self._limits.ram_bytes:

@@ -43,6 +43,7 @@ class Example:
         source: where it came from, such as a file name.
         final: the number an answer must end in, where only that counts.
         program: where the answer is code, what stands before and after it in a program that must run to its end.
+        last_only: earlier answers are there for what they led to: nobody accepted them, and they are not learned.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -50,6 +51,7 @@ class Example:
     source: str = ""
     final: str | None = None
     program: tuple[str, str] | None = None
+    last_only: bool = False
 
     @property
     def answer(self) -> str:
@@ -94,13 +96,22 @@ def parse_example(record: Any, task: str | None = None, source: str = "") -> Exa
         raise DataError("the assistant's answer is empty")
     if not any(role == "user" and content.strip() for role, content in messages):
         raise DataError("there is no user message with text")
-    name = task if task is not None else record.get("task", DEFAULT_TASK)
-    if not isinstance(name, str) or not _TASK.fullmatch(name):
-        raise DataError(f"task must be 1 to 100 printable characters, got {name!r}")
+    name = check_task(task if task is not None else record.get("task", DEFAULT_TASK))
     origin = record.get("source", source)
     origin = origin if isinstance(origin, str) else source
     origin = origin.encode("utf-8", "replace").decode("utf-8")
     return Example(messages, name, origin, _final(record.get("final")), _program(record))
+
+
+def check_task(name: Any) -> str:
+    """Return a task's name.
+
+    Raises:
+        DataError: it is not 1 to 100 printable characters.
+    """
+    if not isinstance(name, str) or not _TASK.fullmatch(name):
+        raise DataError(f"task must be 1 to 100 printable characters, got {name!r}")
+    return name
 
 
 def _final(value: Any) -> str | None:
@@ -326,7 +337,7 @@ class ChatFormat:
         return self.prompt(example.messages[:-1]), self.answer(example.messages)[0]
 
     def encode(self, example: Example) -> Encoded:
-        """Return the ids of a chat with every assistant turn supervised: what is trained on."""
+        """Return the ids of a chat with its assistant turns supervised, or the last one alone: what is trained on."""
         ids: list[int] = []
         supervised: list[bool] = []
         for i, (role, _) in enumerate(example.messages):
@@ -338,7 +349,8 @@ class ChatFormat:
             supervised += [False] * (len(prompt) - len(ids))
             wanted, after = self.answer(example.messages[: i + 1])
             ids = prompt + wanted + after
-            supervised += [True] * len(wanted) + [False] * len(after)
+            is_learned = not example.last_only or i == len(example.messages) - 1
+            supervised += [is_learned] * len(wanted) + [False] * len(after)
         last = len(supervised) - supervised[::-1].index(True)
         return Encoded(ids[:last], supervised[:last], self._asked(ids[:last]))
 

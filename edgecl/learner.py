@@ -211,15 +211,15 @@ class Learner:
             ids = chat_format(base, engine.vocab).prompt(messages)
         return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
 
-    def engine(self) -> Engine:
-        """Return llama.cpp with the serving generation loaded; a new generation is picked up here, between turns.
+    def engine(self, generation: Generation | None = None) -> Engine:
+        """Return llama.cpp with a generation loaded (default: the one that serves; a new one is picked up here, between turns).
 
         Raises:
             EdgeclError: the base changed, or the model cannot be loaded.
         """
         from .engine import Engine
 
-        serving = self.generations.current()
+        serving = generation or self.generations.current()
         if self._engine is None:
             self.generations.check_base(full=False)
             self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
@@ -352,7 +352,7 @@ class Learner:
                 raise NothingToLearn(f"nothing to learn: {what}; `edgecl observe FILE.jsonl` adds some")
             self.generations.check_base(full=True)
             minutes = self.profile.minutes if minutes is None else minutes
-            limits = replace(self.limits(minutes, ram_bytes), stop=stop)
+            limits = replace(self.limits(minutes, ram_bytes), nice=self.profile.nice, stop=stop)
             meter = self.meter(progress, limits)
             night = Night(
                 self.settings, self.profile, self.store, self.generations, meter, limits, minutes, gate, compare, progress

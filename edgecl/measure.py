@@ -18,7 +18,7 @@ PROSE = "prose"  # the row name under which the windows of unrelated prose are r
 
 def record_of(example: Example) -> list[Any]:
     """Return an example as a stage's request carries it."""
-    return [example.messages, example.task, example.final, example.program]
+    return [example.messages, example.task, example.final, example.program, example.last_only]
 
 
 def mean_loss(scores: dict[str, Scored], rows: Sequence[Example]) -> float:

@@ -55,3 +55,9 @@ def m003_scores(db: Database) -> None:
 def m004_programs(db: Database) -> None:
     """What stands around an answer that is code, where it is run: JSON, [before, after]."""
     db.table("examples").add_column("program", str)
+
+
+@migrations()
+def m005_last_only(db: Database) -> None:
+    """Whether only the last answer of a chat was accepted; NULL: all of them were."""
+    db.table("examples").add_column("last_only", int)

@@ -232,7 +232,7 @@ class Night:
             if kept_key == key:
                 return list(kept)
         began, report = time.perf_counter(), self.report
-        result, peak = run_stage("write", request, replace(self.limits, nice=self.profile.nice), self.progress)
+        result, peak = run_stage("write", request, self.limits, self.progress)
         report.write_s, report.peak_rss_bytes = time.perf_counter() - began, max(report.peak_rss_bytes, peak)
         write_atomic(path, json.dumps([key, result["written"]]))
         return list(result["written"])
@@ -261,7 +261,7 @@ class Night:
             "adapter_gguf": str(draft / "adapter.gguf"),
             "adapter_peft": str(draft / "adapter"),
         }
-        result, peak = run_stage("train", request, replace(self.limits, nice=self.profile.nice), self.progress)
+        result, peak = run_stage("train", request, self.limits, self.progress)
         report = self.report
         report.train, report.peak_rss_bytes = result | {"peak_rss_bytes": peak}, max(report.peak_rss_bytes, peak)
         report.train_s, report.train_tokens_per_s = result["train_s"], result["tokens_per_s"]

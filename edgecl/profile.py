@@ -41,7 +41,8 @@ class Profile:
         n_batch: prompt tokens that llama.cpp decodes at once.
         n_gpu_layers: layers that llama.cpp keeps on a GPU; -1 is all.
         cmake_args: CMAKE_ARGS with which llama.cpp is to be built for such a machine; for people, nothing here reads it.
-        nice: added to the niceness of the training child.
+        nice: added to the niceness of a night's child processes; above 0 they also run at SCHED_IDLE, on cores that nobody
+            else wants, so that an answer need not wait for them.
         window: hours of local time in which `edgecl nightly` may run, such as "22:00-06:00"; "" is any time.
         needs_ac: whether it waits for mains power; a machine without a battery has it.
         max_temperature_c: it waits for, and yields at, a hotter sensor.

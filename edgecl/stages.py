@@ -44,9 +44,9 @@ MAX_ANCHORS = 48  # what the base predicts on each is computed before the first 
 
 
 def example_from(record: list[Any]) -> Example:
-    """Return an example from (messages, task, final, program) as a request carries it."""
-    messages, task, final, program = record
-    return Example(tuple((role, content) for role, content in messages), task, "", final, program)
+    """Return an example from (messages, task, final, program, last_only) as a request carries it."""
+    messages, task, final, program, last_only = record
+    return Example(tuple((role, content) for role, content in messages), task, "", final, program, last_only)
 
 
 def is_right(example: Example, answer: str) -> bool:

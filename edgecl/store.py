@@ -158,6 +158,7 @@ class Store:
                 "messages": json.dumps(example.messages, ensure_ascii=False),
                 "final": example.final,
                 "program": json.dumps(example.program) if example.program else None,
+                "last_only": int(example.last_only),
                 "source": example.source,
                 "hash": example.hash,
                 "prompt_hash": example.prompt_hash,
@@ -185,10 +186,29 @@ class Store:
         if task is not None:
             where, arguments = where + " and task = ?", [role, task]
         with self._reading():
-            return [
-                Stored(row["id"], row["role"], _example(row), row["generation"])
-                for row in self._db.table("examples").rows_where(where, arguments, order_by="id")
-            ]
+            return [_stored(row) for row in self._db.table("examples").rows_where(where, arguments, order_by="id")]
+
+    def find(self, prompt_hash: str) -> dict[str, Any] | None:
+        """Return the row of a prompt as the table has it, whatever its role: what `take_back` puts back."""
+        with self._reading():
+            rows = list(self._db.table("examples").rows_where("prompt_hash = ?", [prompt_hash]))
+        return rows[0] if rows else None
+
+    def take_back(self, example: Example, before: dict[str, Any] | None) -> Stored | None:
+        """Delete an example that was added, and put back the row that it replaced, with its id and role; all or nothing.
+
+        Returns:
+            The deleted row; None where it was gone: learned and dropped, replaced by a newer answer, or forgotten. Nothing is
+            put back then, for what is forgotten stays so.
+        """
+        table = self._db.table("examples")
+        with self._transaction():
+            found = list(table.rows_where("hash = ?", [example.hash]))
+            table.delete_where("hash = ?", [example.hash])
+            if found and before:
+                table.insert(before)
+        self._empty_log()
+        return _stored(found[0]) if found else None
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the number of rows by task and role."""
@@ -321,4 +341,8 @@ class Store:
 def _example(row: dict[str, Any]) -> Example:
     messages = tuple((role, content) for role, content in json.loads(row["messages"]))
     program = tuple(json.loads(row["program"])) if row["program"] else None
-    return Example(messages, row["task"], row["source"] or "", row["final"], program)
+    return Example(messages, row["task"], row["source"] or "", row["final"], program, bool(row["last_only"]))
+
+
+def _stored(row: dict[str, Any]) -> Stored:
+    return Stored(row["id"], row["role"], _example(row), row["generation"])

@@ -23,7 +23,20 @@ LAYERS = (
     {"errors", "edgecl_convert"},
     {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
     {"train", "engine", "store", "generations", "device", "timer"},
-    {"measure", "night", "learner", "nightly", "stream", "stages", "demo", "audit", "export", "modelfile"},
+    {
+        "measure",
+        "night",
+        "learner",
+        "nightly",
+        "chat",
+        "beside",
+        "stream",
+        "stages",
+        "demo",
+        "audit",
+        "export",
+        "modelfile",
+    },
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
     {"__main__"},
 )

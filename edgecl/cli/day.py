@@ -97,7 +97,12 @@ def status(home: Path | None, as_json: bool) -> None:
         facts = learner.status()
     if as_json:
         print_json(facts)
-        return
+    else:
+        print_status(facts)
+
+
+def print_status(facts: dict[str, Any]) -> None:
+    """Print what `Learner.status` found as a person reads it."""
     out = console()
     out.print(f"home        {facts['home']}")
     out.print(f"serves      generation {facts['generation']} ({facts['served']}), quant {facts['quant']}")

@@ -114,16 +114,34 @@ def evaluate(home: Path | None, number: int | None, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--while-learning", is_flag=True, help="The first token of chat turns alone: idle, and while a night trains.")
 @json_option
 @click.pass_obj
-def bench(home: Path | None, as_json: bool) -> None:
+def bench(home: Path | None, while_learning: bool, as_json: bool) -> None:
     """Time the generation that serves: pp512, tg128, TTFT, ITL, memory, size."""
+    if while_learning:
+        _bench_while_learning(home, as_json)
+        return
     with Learner(home) as learner, progress_bar() as progress:
         facts = learner.bench(progress=progress)
     if as_json:
         print_json(facts)
     else:
         _print_latency(facts)
+
+
+def _bench_while_learning(home: Path | None, as_json: bool) -> None:
+    from ..beside import ttft_beside_training
+
+    with Learner(home) as learner:
+        facts = ttft_beside_training(learner)
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(
+            f"first token {facts['ttft_idle_ms']:.0f} ms (chat turns, median of {facts['n_turns']}), "
+            f"while a night trains {facts['ttft_learning_ms']:.0f} ms: {facts['ratio']:.1f} times"
+        )
 
 
 def _print_latency(facts: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ llama.cpp aborts the whole process on some malformed files.
 
 from __future__ import annotations
 
+import codecs
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ class Vocab:
                 break
             pieces.append(self.piece(token))
         return b"".join(pieces).decode("utf-8", "replace").strip()
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yield the text of an answer as its tokens come, never half a character; joined it is what `text_of` gives."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        waiting, has_begun = "", False
+        for token in tokens:
+            if self.is_end(token):
+                break
+            waiting += decoder.decode(self.piece(token))
+            text = (waiting if has_begun else waiting.lstrip()).rstrip()
+            if text:
+                yield text
+                has_begun, waiting = True, waiting[len(waiting.rstrip()) :]  # white space is the end, unless text follows
+        if rest := decoder.decode(b"", True):
+            yield waiting + rest if has_begun else rest
 
     def is_end(self, token: int) -> bool:
         """Return whether the token ends a turn."""

@@ -16,6 +16,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data import common_length
 from ..errors import EngineError
 from .model import Vocab, check_sound, load_model, why
 
@@ -61,6 +62,7 @@ class Engine:
 
     def _load(self, path: Path, adapter: Path | str | None) -> None:
         self._ctx = self._lora = self._batch = None
+        self._held: list[int] = []  # what `generate` left in the cache
         self._model: Any = load_model(path, self._n_gpu_layers)
         self._vocab = Vocab(self._model)
         settings = llama_cpp.llama_context_default_params()
@@ -158,6 +160,7 @@ class Engine:
     def clear(self) -> None:
         """Empty the KV cache."""
         self._check_open()
+        self._held = []
         llama_cpp.llama_memory_clear(self._memory, True)
 
     def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
@@ -220,17 +223,28 @@ class Engine:
     def generate(self, prompt: Sequence[int], max_tokens: int = 256) -> Iterator[int]:
         """Yield the greedy answer's tokens, the end-of-turn token excluded.
 
+        What a prompt begins with and the last prompt or its answer had too is not computed again: a turn of a chat costs its
+        own tokens, however long the chat is. Whoever else uses the cache empties it first.
+
         Raises:
             EngineError: the prompt is longer than the context.
         """
         if not 0 < len(prompt) < self.n_ctx:
             raise EngineError(f"prompt has {len(prompt)} tokens, the context holds {self.n_ctx}; shorten it")
-        self.clear()
-        self.feed(prompt[:-1])
-        token, position = prompt[-1], len(prompt) - 1
-        for _ in range(min(max_tokens, self.n_ctx - len(prompt))):
-            (logits,) = self.forward([(token, position, 0, True)])
-            token, position = int(logits.argmax()), position + 1
+        tokens = list(prompt)
+        n_held = min(common_length([self._held, tokens]), len(tokens) - 1)
+        if n_held:
+            self.forget_from(0, n_held)
+        else:
+            self.clear()
+        self._held = tokens[:n_held]  # never more than the cache holds: an interrupt may come between any two lines
+        self.feed(tokens[n_held:-1], n_held)
+        self._held = tokens[:-1]
+        token = tokens[-1]
+        for _ in range(min(max_tokens, self.n_ctx - len(tokens))):
+            (logits,) = self.forward([(token, len(self._held), 0, True)])
+            self._held.append(token)
+            token = int(logits.argmax())
             if self._vocab.is_end(token):
                 return
             yield token

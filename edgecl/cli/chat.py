@@ -1,0 +1,252 @@
+"""The chat at a terminal, over ssh or through a pipe: lines to a `Chat`, and its answers back.
+
+A line that ends in a backslash goes on in the next one; what is pasted is one message. Answers and what was asked for go to
+stdout, notes to stderr. readline, where Python has it, edits lines; nothing that was typed is written to disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import sys
+from contextlib import closing, suppress
+
+import click
+
+from ..chat import Chat, Turn
+from ..data import DEFAULT_TASK
+from ..errors import DataError, EdgeclError
+from ..learner import Learner, ObserveReport
+from .day import print_status
+from .output import json_option, print_json, safe
+
+_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
+PASTE_GAP_S = 0.05  # lines of a paste come closer together than this, and typed ones do not
+HELP = """\
+/good        the last answer is right: it is learned in the next night
+/fix TEXT    the right answer to the last message; it replaces the model's
+/undo        takes the last /good or /fix back; again: the one before
+/task [T]    the kind of what is accepted from here on
+/status      what answers, what waits to be learned, the last night
+/model [N]   generation N answers in this chat only; alone: the one that serves
+/quit        leaves, and so does Ctrl-D; Ctrl-C interrupts an answer
+A line that ends in \\ goes on in the next one; one that begins with a space is
+no command. Nothing is learned but what /good and /fix keep."""
+
+
+@click.command()
+@click.option("--task", default=DEFAULT_TASK, show_default=True, help="The kind of what is accepted.")
+@json_option
+@click.pass_context
+def chat(context: click.Context, task: str, as_json: bool) -> None:
+    """Talk with the generation that serves; /good, /fix TEXT and /undo feed the store.
+
+    Where stdin is not a terminal each line is a message; --json prints an object for each answer.
+    """
+    with Learner(context.obj) as learner:
+        code = _Conversation(Chat(learner, task), as_json).run()
+    context.exit(code)
+
+
+class _Lines:
+    """Messages from a terminal or a pipe.
+
+    Attributes:
+        is_terminal: a person types, and sees the prompt.
+    """
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._pastes_whole = False
+        if self.is_terminal:
+            with suppress(ImportError):
+                import readline
+
+                self._pastes_whole = "libedit" not in (readline.__doc__ or "") and not _is_dumb()
+                if self._pastes_whole:
+                    readline.parse_and_bind("set enable-bracketed-paste on")
+
+    def message(self) -> str:
+        """Return the next message.
+
+        Raises:
+            EOFError: there is none.
+            DataError: it is not UTF-8.
+        """
+        try:
+            text = self._line("> ")
+            while text.endswith("\\"):
+                text = text[:-1] + "\n"
+                with suppress(EOFError):
+                    text += self._line(". ")
+            text.encode("utf-8")
+        except UnicodeError:
+            raise DataError("that was not UTF-8; nothing was sent") from None
+        return safe(text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n")
+
+    def _line(self, prompt: str) -> str:
+        if not self.is_terminal:
+            data = sys.stdin.buffer.readline()
+            if not data:
+                raise EOFError
+            return data.decode("utf-8").rstrip("\r\n")
+        line = input(prompt)
+        while not self._pastes_whole and select.select([sys.stdin], [], [], PASTE_GAP_S)[0]:
+            line += "\n" + input(". ")
+        return line
+
+
+class _Conversation:
+    """A chat in progress: what is typed goes to it, what it says is printed."""
+
+    def __init__(self, chat: Chat, as_json: bool) -> None:
+        self._chat, self._as_json, self._lines = chat, as_json, _Lines()
+        self._code, self._is_interrupted, self._has_said_left_out = 0, False, False
+        self._commands = {
+            "good": self._good,
+            "fix": self._fix,
+            "undo": self._undo,
+            "task": self._task,
+            "status": self._status,
+            "model": self._model,
+            "help": self._help,
+        }
+
+    def run(self) -> int:
+        """Talk until the user leaves; return the exit code: 1 where a line of a pipe came to nothing."""
+        self._chat.load()
+        if self._lines.is_terminal:
+            _note(f"generation {self._chat.generation} answers; /help says what else there is, Ctrl-D leaves")
+        while True:
+            try:
+                if not self._round():
+                    return self._code
+            except KeyboardInterrupt:
+                if not self._lines.is_terminal:
+                    raise
+                click.echo()
+                if self._is_interrupted:
+                    return 0
+                self._is_interrupted = True
+                _note("interrupted; Ctrl-C again leaves")
+
+    def _round(self) -> bool:
+        """Read one message and do what it asks; return whether the chat goes on."""
+        try:
+            text = self._lines.message()
+            self._is_interrupted = False
+            if text.strip() == "/quit":
+                return False
+            if command := _COMMAND.fullmatch(text.rstrip()):
+                self._obey(command[1], command[2] or "")
+            elif text.strip():
+                self._say(text)
+        except EOFError:
+            if self._lines.is_terminal:
+                click.echo()
+            return False
+        except EdgeclError as error:
+            click.echo(f"edgecl: {safe(str(error))}", err=True)
+            self._code = 0 if self._lines.is_terminal else 1
+        return True
+
+    def _obey(self, name: str, argument: str) -> None:
+        if name not in self._commands:
+            raise DataError(f"/{name} is no command; /help lists them")
+        if argument and name not in ("fix", "task", "model"):
+            raise DataError(f"/{name} takes nothing behind it, got {argument[:40]}")
+        self._commands[name](argument)
+
+    def _say(self, text: str) -> None:
+        before = self._chat.generation
+        self._chat.load()
+        if self._chat.generation != before:
+            _note(f"generation {self._chat.generation} answers from here on; it was {before}")
+        pieces: list[str] = []
+        try:
+            with closing(self._chat.turn(text)) as answer:
+                for piece in answer:
+                    pieces.append(safe(piece))
+                    if not self._as_json:
+                        click.echo(pieces[-1], nl=False)
+        finally:
+            if pieces and not self._as_json:
+                click.echo()
+        self._tell(self._chat.turns[-1], "".join(pieces))
+
+    def _tell(self, turn: Turn, answer: str) -> None:
+        """Say what there is to know about an answer."""
+        if self._as_json:
+            print_json({"answer": answer, "generation": self._chat.generation, "is_whole": turn.is_whole})
+        elif not answer:
+            click.echo()  # a reader of lines counts on one for each message
+            _note("the model says nothing; /fix TEXT gives the right answer")
+        if not turn.is_whole:
+            _note(f"cut off after {turn.n_tokens} tokens")
+        if self._chat.n_left_out and not self._has_said_left_out:
+            self._has_said_left_out = True
+            _note("the chat is longer than the context: from here on its oldest turns are left out")
+
+    def _help(self, _: str) -> None:
+        click.echo(HELP)
+
+    def _good(self, _: str) -> None:
+        self._kept(self._chat.accept())
+
+    def _fix(self, text: str) -> None:
+        if not text.strip():
+            raise DataError("the right answer is missing: /fix TEXT")
+        self._kept(self._chat.correct(text))
+
+    def _kept(self, report: ObserveReport) -> None:
+        if not report.added:
+            _note("known already")
+        else:
+            older = " in place of an older answer" if report.replaced else ""
+            _note(f"kept for the next night{older}, task {safe(self._chat.task)}")
+
+    def _undo(self, _: str) -> None:
+        done = self._chat.undo()
+        if not done.was_added:
+            _note("taken back in this chat; it was stored before and stays so")
+        elif done.row is None:
+            _note("no longer in the store: a night has learned it, or it was replaced or forgotten")
+        else:
+            older = ", the older answer is back" if done.is_put_back else ""
+            learned = f"; generation {done.row.generation} has learned it" if done.row.generation is not None else ""
+            _note(f"taken back{older}{learned}")
+
+    def _task(self, name: str) -> None:
+        if name:
+            self._chat.task = name.strip()
+        _note(f"task {safe(self._chat.task)}")
+
+    def _status(self, _: str) -> None:
+        facts, chat = self._chat.learner.status(), self._chat
+        here = {"answers": chat.generation, "task": chat.task, "turns": len(chat.turns), "turns_left_out": chat.n_left_out}
+        if self._as_json:
+            print_json(facts | {"chat": here})
+            return
+        print_status(facts)
+        pinned = " (in this chat only)" if chat.is_pinned else ""
+        click.echo(f"this chat   generation {chat.generation} answers{pinned}, task {safe(chat.task)}")
+        click.echo(f"turns       {len(chat.turns)}, of which {chat.n_left_out} no longer fit into the context")
+
+    def _model(self, text: str) -> None:
+        if text and not text.strip().isdecimal():
+            raise DataError(f"/model takes the number of a generation, got {text}")
+        self._chat.pin(int(text) if text else None)
+        _note(f"generation {self._chat.generation} answers{' in this chat only' if text else ''}")
+
+
+def _note(text: str) -> None:
+    """Print a dim line on stderr; plain where that is no terminal, or colour is not wanted."""
+    click.echo(text if os.environ.get("NO_COLOR") or _is_dumb() else click.style(text, dim=True), err=True)
+
+
+def _is_dumb() -> bool:
+    return os.environ.get("TERM", "dumb") == "dumb"
+
+
+COMMANDS = (chat,)
