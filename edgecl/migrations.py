@@ -55,3 +55,9 @@ def m003_scores(db: Database) -> None:
 def m004_programs(db: Database) -> None:
     """What stands around an answer that is code, where it is run: JSON, [before, after]."""
     db.table("examples").add_column("program", str)
+
+
+@migrations()
+def m005_forgotten(db: Database) -> None:
+    """The generations, by their manifest's hash, that learned from a row that was forgotten: they teach no more."""
+    db.table("forgotten").create({"generation": str}, pk="generation")

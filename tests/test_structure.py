@@ -21,9 +21,9 @@ FILES = {
 }
 LAYERS = (
     {"errors", "edgecl_convert"},
-    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
+    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox", "redact", "lock"},
     {"train", "engine", "store", "generations"},
-    {"measure", "night", "learner", "stream", "stages", "demo"},
+    {"measure", "night", "learner", "stream", "stages", "demo", "forget"},
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

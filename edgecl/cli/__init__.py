@@ -14,7 +14,7 @@ import click
 from edgecl_convert import ConvertError
 
 from ..errors import EdgeclError
-from . import day, models, night, probe, streams
+from . import day, models, night, privacy, probe, streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,7 +28,7 @@ def cli(context: click.Context, home: Path | None) -> None:
     context.obj = home
 
 
-for module in (day, night, models, probe, streams):
+for module in (day, night, models, privacy, probe, streams):
     for command in module.COMMANDS:
         cli.add_command(command)
 
