@@ -188,15 +188,26 @@ def _turn(turn: Any, role_key: str, text_key: str, roles: dict[str, str]) -> tup
 
 
 def parse_lines(
-    lines: Iterable[str | bytes], task: str | None = None, source: str = ""
+    lines: Iterable[Example | str | bytes],
+    task: str | None = None,
+    source: str = "",
+    clean: Callable[[Example], Example] = lambda example: example,
 ) -> tuple[list[Example], list[tuple[int, str]]]:
-    """Return the good examples of JSONL lines, and (line number, reason) of the bad ones; empty lines are skipped."""
+    """Return the good examples of JSONL lines, and (line number, reason) of the bad ones; empty lines are skipped.
+
+    Args:
+        lines: JSONL, or examples, which are taken as they are.
+        clean: returns what is kept of a good example; where it raises DataError the line is a bad one.
+    """
     good, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
+            if isinstance(line, Example):
+                good.append(clean(line))
+                continue
             text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
             if text.strip():
-                good.append(parse_example(json.loads(text), task, source))
+                good.append(clean(parse_example(json.loads(text), task, source)))
         except UnicodeDecodeError:
             bad.append((number, "is not UTF-8"))
         except RecursionError:

@@ -193,17 +193,22 @@ class Generations:
     def create_base(self, manifest: Manifest) -> None:
         """Write generation 0 and serve it."""
         folder = self.folder / "0000"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         write_atomic(folder / "manifest.json", _json(manifest))
         self.point(0)
 
     def draft(self) -> Path:
         """Return a new hidden folder to build a generation in; drafts of nights that died are removed."""
+        self.clear_drafts()
+        folder = self.folder / f".draft-{os.getpid()}"
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def clear_drafts(self) -> None:
+        """Remove what nights that died, or were refused, left of their generation."""
         for old in self.folder.glob(".draft-*"):
             shutil.rmtree(old, ignore_errors=True)
-        folder = self.folder / f".draft-{os.getpid()}"
-        folder.mkdir(parents=True)
-        return folder
 
     def publish(self, draft: Path, manifest: Manifest) -> Generation:
         """Move a finished draft into place and serve it.
@@ -243,6 +248,12 @@ class Generations:
         """Return the number of the next generation; that of a folder whose manifest is lost is not used again either."""
         names = (path.name for path in self.folder.glob("*") if path.name.isdecimal())
         return max(map(int, names), default=-1) + 1
+
+    def delete(self, number: int) -> None:
+        """Delete a generation with all its files; from the first step on it is no generation any more."""
+        dying = self.folder / f".draft-{number:04d}"  # what a crash leaves of it, the next draft removes
+        os.rename(self.folder / f"{number:04d}", dying)
+        shutil.rmtree(dying, ignore_errors=True)
 
     def drop_old_models(self, keep: int) -> None:
         """Delete the merged model of all but the newest `keep` generations and the one that serves.

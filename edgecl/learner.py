@@ -6,12 +6,13 @@ observe, and a second `adapt` is told to come later.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,13 @@ from edgecl_convert.names import check_architecture
 
 from .child import Limits, Progress, run_stage
 from .data import Example, parse_lines
-from .errors import EdgeclError, GenerationError, NothingToLearn, NotNow, SettingError
+from .errors import EdgeclError, GenerationError, NothingToLearn, SettingError
 from .generations import Generation, Generations, Manifest, now, sha256_file
+from .lock import night_lock
 from .measure import Meter
 from .night import AdaptReport, Night
 from .profile import PRECISIONS, Settings, load_profile, served_at
+from .redact import redact
 from .store import Added, Store
 
 if TYPE_CHECKING:
@@ -38,9 +41,10 @@ GATES = ("enforce", "report")
 
 @dataclass
 class ObserveReport(Added):
-    """What `observe` did; `bad` holds (line number, reason) of the lines that were not kept."""
+    """What `observe` did; `bad`: (line number, reason) of what was not kept; `redacted`: placeholders by kind."""
 
     bad: list[tuple[int, str]] = field(default_factory=list)
+    redacted: dict[str, int] = field(default_factory=dict)
 
 
 def default_home() -> Path:
@@ -140,6 +144,7 @@ class Learner:
             raise SettingError(f"{place} is a learner's home already; choose another --home, or give --force")
         try:
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            place.chmod(0o700)  # also where it was there
         except OSError as error:
             raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
         if base != path:
@@ -191,11 +196,11 @@ class Learner:
         Raises:
             StoreError: the database failed; nothing was stored.
         """
-        items = list(examples)
-        good = [item for item in items if isinstance(item, Example)]
-        parsed, bad = parse_lines([item for item in items if not isinstance(item, Example)], task, source)
-        added = self.store.add([*good, *parsed], self.settings.replay.heldout)
-        return ObserveReport(**asdict(added), bad=bad)
+        counts: Counter[str] = Counter()
+        clean = partial(redact, counts=counts) if self.settings.privacy.redact else lambda example: example
+        good, bad = parse_lines(examples, task, source, clean)
+        added = self.store.add(good, self.settings.replay.heldout)
+        return ObserveReport(**asdict(added), bad=bad, redacted=dict(counts))
 
     def ask(self, prompt: str | Sequence[tuple[str, str]], max_tokens: int = 256) -> str:
         """Return the greedy answer of the serving generation to a prompt, or to a chat of (role, content).
@@ -237,7 +242,7 @@ class Learner:
             GenerationError: there is no such generation, or its model was dropped to save space.
             NotNow: a night is running.
         """
-        with self._lock():
+        with night_lock(self.home):
             current = self.generations.current()
             if number is None:
                 parents = [n for n in self.generations.numbers() if self.generations.hash_of(n) == current.manifest.parent]
@@ -344,8 +349,8 @@ class Learner:
         """
         if gate not in GATES:
             raise SettingError(f"gate must be one of {', '.join(GATES)}; got {gate}")
-        with self._lock(), translated():
-            self._finish_last_night()
+        with night_lock(self.home), translated():
+            self.finish_last_night()
             new = self.store.rows("pending", task)
             if not new:
                 what = f"no pending example of task {task}" if task else "no pending example"
@@ -359,7 +364,7 @@ class Learner:
             )
             return night.run(new)
 
-    def _finish_last_night(self) -> None:
+    def finish_last_night(self) -> None:
         """Move what the newest published generation learned out of `pending`: a killed night may not have come so far."""
         manifest = self.generations.current().manifest
         self.store.settle(manifest.learned, manifest.kept, manifest.number, self.settings.replay.archive)
@@ -379,12 +384,3 @@ class Learner:
         if not (minutes > 0 and ram_bytes > 0):  # so written that NaN is refused
             raise SettingError(f"minutes and ram must be above 0, got {minutes} and {ram_bytes}")
         return Limits(ram_bytes, 60 * minutes, 0, self.profile.threads)
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with open(self.home / "lock", "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise NotNow(f"another night is running in {self.home}; try again when it is done") from None
-            yield

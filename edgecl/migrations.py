@@ -61,3 +61,9 @@ def m004_programs(db: Database) -> None:
 def m005_last_only(db: Database) -> None:
     """Whether only the last answer of a chat was accepted; NULL: all of them were."""
     db.table("examples").add_column("last_only", int)
+
+
+@migrations()
+def m006_forgotten(db: Database) -> None:
+    """The generations, by their manifest's hash, that learned from a row that was forgotten: they teach no more."""
+    db.table("forgotten").create({"generation": str}, pk="generation")

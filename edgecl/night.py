@@ -188,34 +188,11 @@ class Night:
         return plan
 
     def _write(self, yesterday: Generation, n_new: int, replay: list[Stored]) -> list[Any]:
-        """Return rows that the models of earlier nights write.
-
-        Yesterday's model writes what comes to its mind: of what nights have taught it, and of what its base was made for.
-        Questions that begin like a kept row are written and answered by the generation that learned it, which knows it best:
-        what later nights made worse is not handed on.
-        """
+        """Return rows that the models of earlier nights write."""
         n = min(self.settings.replay.written, max(round(n_new * (WRITTEN_A_ROW if replay else 1)), MIN_WRITTEN))
         if not n:
             return []
-        number = self.generations.next_number()
-        shuffled = random.Random(number).sample(replay, len(replay))
-        begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
-        by_adapter: dict[Path | None, list[Stored]] = {}
-        for row in begun:
-            by_adapter.setdefault(self._adapter_of(row, yesterday), []).append(row)
-        parts: list[tuple[Path, Path | None, list[Stored], int]]
-        parts = [(yesterday.model, yesterday.adapter, [], n - len(begun))]
-        parts += [(Path(self.settings.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
-        writers = [
-            {
-                "model": str(model),
-                "adapter": str(adapter) if adapter else None,
-                "replay": [record_of(row.example) for row in rows],
-                "n": n_rows,
-                "seed": 1000 * number + i,
-            }
-            for i, (model, adapter, rows, n_rows) in enumerate(parts)
-        ]
+        writers = self._writers(yesterday, n, replay)
         written = self._written({"base": self.settings.base, "engine": self.meter.engine, "writers": writers}, yesterday)
         self.report.n_written = len(written)
         return written
@@ -237,11 +214,50 @@ class Night:
         write_atomic(path, json.dumps([key, result["written"]]))
         return list(result["written"])
 
-    def _adapter_of(self, row: Stored, yesterday: Generation) -> Path | None:
-        """Return the adapter of the generation that learned a row; yesterday's, where that is gone or was rolled back."""
+    def _writers(self, yesterday: Generation, n: int, replay: list[Stored]) -> list[dict[str, Any]]:
+        """Return who writes `n` rows, and what they begin with.
+
+        Yesterday's model writes what comes to its mind: of what nights have taught it, and of what its base was made for.
+        Questions that begin like a kept row are written and answered by the generation that learned it, which knows it best:
+        what later nights made worse is not handed on. Nor is what was forgotten: a generation that learned from it is silent.
+        The newest before it writes in its place, but not of rows that it never knew.
+        """
+        number = self.generations.next_number()
+        forgotten = self.store.forgotten()
+        silent = {n for n in self.generations.numbers() if self.generations.hash_of(n) in forgotten}
+        writer = self._newest_but(silent, yesterday)
+        known = [row for row in replay if row.generation not in silent or (row.generation or 0) <= writer.number]
+        shuffled = random.Random(number).sample(known, len(known))
+        begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
+        by_adapter: dict[Path | None, list[Stored]] = {}
+        for row in begun:
+            by_adapter.setdefault(self._adapter_of(row, writer, silent), []).append(row)
+        parts: list[tuple[Path, Path | None, list[Stored], int]]
+        parts = [(writer.model, writer.adapter, [], n - len(begun))]
+        parts += [(Path(self.settings.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
+        return [
+            {
+                "model": str(model),
+                "adapter": str(adapter) if adapter else None,
+                "replay": [record_of(row.example) for row in rows],
+                "n": n_rows,
+                "seed": 1000 * number + i,
+            }
+            for i, (model, adapter, rows, n_rows) in enumerate(parts)
+        ]
+
+    def _newest_but(self, silent: set[int], yesterday: Generation) -> Generation:
+        """Return yesterday's generation, or, where it is silent, the newest before it that is not, as base and adapter."""
+        if yesterday.number not in silent:
+            return yesterday
+        found = self.generations.load(max(n for n in self.generations.numbers() if n < yesterday.number and n not in silent))
+        return replace(found, model=Path(self.settings.base), adapter=found.folder / "adapter.gguf" if found.number else None)
+
+    def _adapter_of(self, row: Stored, writer: Generation, silent: set[int]) -> Path | None:
+        """Return the adapter of the generation that learned a row; the writer's, where that is gone, silent or rolled back."""
         number = row.generation or 0
-        own = [self.generations.folder / f"{number:04d}"] if number <= yesterday.number else []
-        return next((path for folder in (*own, yesterday.folder) if (path := folder / "adapter.gguf").is_file()), None)
+        own = [self.generations.folder / f"{number:04d}"] if number <= writer.number and number not in silent else []
+        return next((path for folder in (*own, writer.folder) if (path := folder / "adapter.gguf").is_file()), None)
 
     def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)

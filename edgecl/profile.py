@@ -199,6 +199,17 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True)
+class PrivacySettings:
+    """What does not reach the store.
+
+    Attributes:
+        redact: `observe` replaces e-mail addresses, phone, card and account numbers, and keys by placeholders.
+    """
+
+    redact: bool = True
+
+
+@dataclass(frozen=True)
 class Settings:
     """edgecl.toml: what one learner is told.
 
@@ -214,6 +225,7 @@ class Settings:
     keep_models: int = 3
     train: TrainSettings = field(default_factory=TrainSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     gate: GateSettings = field(default_factory=GateSettings)
 
     def __post_init__(self) -> None:
@@ -238,7 +250,7 @@ class Settings:
             SettingError: it cannot be read, or has an unknown key or a value out of range.
         """
         table = read_toml(path)
-        parts = {"train": TrainSettings, "replay": ReplaySettings, "gate": GateSettings}
+        parts = {"train": TrainSettings, "replay": ReplaySettings, "privacy": PrivacySettings, "gate": GateSettings}
         for key, part in parts.items():
             if key in table:
                 table[key] = from_table(part, table[key], f"{path} [{key}]")

@@ -243,6 +243,47 @@ class Store:
                     self._db.table("examples").delete(row["id"])
         self._empty_log()
 
+    # --- forgetting ---------------------------------------------------------------------------------------------
+
+    def forget(self, ids: Collection[int], generations: Iterable[str]) -> None:
+        """Delete rows, their scores, and what errors of nights may have quoted of them; all or none.
+
+        Safe to call again: where a crash or a reader left text in the file, the next call takes it out.
+
+        Args:
+            generations: manifest hashes of those that learned from the rows; remembered, see `forgotten`.
+
+        Raises:
+            StoreError: the database failed, or another program was reading and the text is still in its log.
+        """
+        with self._transaction():
+            for row_id in ids:
+                self._db.execute("delete from scores where hash in (select hash from examples where id = ?)", [row_id])
+                self._db.execute("delete from examples where id = ?", [row_id])
+            self._db.table("forgotten").insert_all(({"generation": hash_} for hash_ in generations), ignore=True)
+            for night in self.nights():
+                if not night["accepted"] and not night["report"].get("verdict"):  # it ended in an error
+                    said = {"reason": "an error, forgotten with a row", "report": "{}"}
+                    self._db.table("nights").update(night["id"], said)
+        with self._translated(
+            "is not clean yet", "the rows are deleted; run `edgecl forget` again to take out the last of them"
+        ):
+            self._db.execute("PRAGMA temp_store = MEMORY")
+            self._db.execute("VACUUM")  # joined pages may keep copies of old rows, which secure_delete does not see
+            if self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                raise sqlite3.OperationalError("another program is reading it")
+
+    def forgotten(self) -> set[str]:
+        """Return the hashes of generations that learned from a row that was forgotten since."""
+        with self._reading():
+            return {row["generation"] for row in self._db.table("forgotten").rows}
+
+    def learn_again(self, generations: Collection[int]) -> None:
+        """Make rows that these generations learned, and the store still has, pending again."""
+        with self._transaction():
+            for number in generations:
+                self._db.execute("update examples set role = 'pending', generation = null where generation = ?", [number])
+
     # --- nights and scores --------------------------------------------------------------------------------------
 
     def record_night(self, generation: int | None, accepted: bool, reason: str, report: dict[str, Any]) -> None:

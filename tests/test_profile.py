@@ -13,6 +13,7 @@ from edgecl.errors import SettingError
 from edgecl.gate import GateSettings
 from edgecl.profile import (
     SCHEDULES,
+    PrivacySettings,
     Profile,
     ReplaySettings,
     Settings,
@@ -140,6 +141,7 @@ SETTINGS = values_of(
         ema_decay=BELOW_ONE,
     ),
     replay=values_of(ReplaySettings),
+    privacy=values_of(PrivacySettings),
     gate=values_of(GateSettings, max_drop=st.floats(allow_nan=False)),
 )
 

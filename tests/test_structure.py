@@ -21,7 +21,7 @@ FILES = {
 }
 LAYERS = (
     {"errors", "edgecl_convert"},
-    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
+    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox", "redact", "lock"},
     {"train", "engine", "store", "generations", "device", "timer"},
     {
         "measure",
@@ -36,6 +36,7 @@ LAYERS = (
         "audit",
         "export",
         "modelfile",
+        "forget",
     },
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
     {"__main__"},

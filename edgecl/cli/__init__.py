@@ -14,7 +14,7 @@ import click
 from edgecl_convert import ConvertError
 
 from ..errors import EdgeclError
-from . import chat, day, export, models, night, nightly, probe, schedule, streams, verify
+from . import chat, day, export, models, night, nightly, privacy, probe, schedule, streams, verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,7 +28,7 @@ def cli(context: click.Context, home: Path | None) -> None:
     context.obj = home
 
 
-for module in (day, chat, night, nightly, models, probe, streams, schedule, verify, export):
+for module in (day, chat, night, nightly, privacy, models, probe, streams, schedule, verify, export):
     for command in module.COMMANDS:
         cli.add_command(command)
 

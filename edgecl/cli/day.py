@@ -67,6 +67,9 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
             f"{report.added} stored ({report.heldout} of the task's rows newly held out for measuring, "
             f"{report.replaced} replaced an older answer), {report.duplicates} known already, {len(report.bad)} bad"
         )
+        if report.redacted:
+            found = ", ".join(f"{n} [{kind}]" for kind, n in report.redacted.items())
+            click.echo(f"redacted before storing: {found} (privacy.redact in edgecl.toml)")
         if not kept and not report.bad:
             click.echo(f"{safe(file)}: has no example; expected JSONL chats", err=True)
     context.exit(0 if kept else 1)

@@ -1,0 +1,161 @@
+"""Forgetting: rows out of every part of a home, then out of what serves.
+
+`forget` deletes rows, and everything in the home that holds their text or was computed from it, except the weights of
+published generations. Those that learned from the rows, or came after one that did, teach no later night; their files stay,
+and may still say what they learned. `retrain` rebuilds without them: the newest ancestor that learned nothing forgotten serves,
+what the store still holds of later nights is learned again in one night, and the others are deleted with all their files.
+
+*Does not cover*: what left the home (exports, backups, a terminal's history), and blocks that the disk has not written over.
+Rows that a night learned and did not keep, or that a newer answer replaced, are gone from the store: they can be named by id,
+but not found by their text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from edgecl_convert import GgufFile, resolve_quant
+
+from .child import Progress, run_stage
+from .data import Example
+from .errors import DataError, GenerationError, NothingToLearn
+from .generations import Generation, Manifest
+from .learner import Learner, translated
+from .lock import night_lock
+from .night import AdaptReport
+from .store import ROLES, Stored
+
+
+@dataclass
+class Rebuild:
+    """What it takes to have a model that learned nothing forgotten.
+
+    Attributes:
+        start: the generation to go on from.
+        deleted: those that learned from a forgotten row, or descend from one that did.
+        n_again: rows of theirs that the store still holds; n_lost: rows that they learned and nobody has any more.
+        night: in which the rows were learned again; None where there was nothing to learn, or it has not been run.
+    """
+
+    start: int
+    deleted: list[int]
+    n_again: int
+    n_lost: int
+    night: AdaptReport | None = None
+
+
+def find(learner: Learner, contains: str | None = None, task: str | None = None) -> list[Stored]:
+    """Return the rows of the store, of every role, that hold a text in capitals or not, or are of a task.
+
+    Raises:
+        DataError: the text is empty.
+    """
+    if contains is not None and not contains.strip():
+        raise DataError("the text to forget is empty; `--task T` forgets all rows of a task")
+    rows = [row for role in ROLES for row in learner.store.rows(role, task)]
+    return [row for row in rows if contains is None or contains.casefold() in _text(row.example).casefold()]
+
+
+def forget(learner: Learner, ids: Collection[int]) -> list[int]:
+    """Delete rows by id, and let no generation teach that learned from them; return the numbers of these.
+
+    Raises:
+        DataError: an id that no row has or had; nothing was deleted.
+        NotNow: a night is running.
+        StoreError: the database failed, or is being read and must be cleaned again.
+    """
+    with night_lock(learner.home):
+        learner.finish_last_night()
+        manifests = _manifests(learner)
+        first = {row.id: row.generation for row in find(learner)}
+        first |= {row_id: manifest.number for manifest in manifests[::-1] for row_id in manifest.learned}
+        if unknown := sorted(set(ids) - set(first)):
+            raise DataError(f"there is no row {unknown[0]}; `edgecl forget --contains TEXT --dry-run` shows rows and their ids")
+        learned = [number for row_id in ids if (number := first[row_id])]
+        # Every later night was trained from it, on the row while it was kept, or on what it wrote.
+        numbers = [n for n in learner.generations.numbers() if learned and n >= min(learned)]
+        shutil.rmtree(learner.home / "runs", ignore_errors=True)
+        learner.generations.clear_drafts()
+        learner.store.forget(ids, [learner.generations.hash_of(n) for n in numbers])
+    return numbers
+
+
+def plan(learner: Learner) -> Rebuild | None:
+    """Return what `retrain` would do and cost; None where no generation learned from a forgotten row.
+
+    Raises:
+        GenerationError: the generation that serves is damaged.
+    """
+    generations, silent = learner.generations, learner.store.forgotten()
+    numbers = {generations.hash_of(n): n for n in generations.numbers()}
+    deleted: list[Manifest] = []
+    for manifest in _manifests(learner):
+        own = generations.hash_of(manifest.number)
+        if own in silent or manifest.parent in silent:
+            silent.add(own)
+            deleted.append(manifest)
+    if not deleted:
+        return None
+    start = generations.current()
+    while start.hash in silent:
+        start = generations.load(numbers.get(start.manifest.parent, 0))
+    learned = {row_id for manifest in deleted for row_id in manifest.learned}
+    held = {row.id for row in find(learner)}
+    return Rebuild(start.number, [manifest.number for manifest in deleted], len(learned & held), len(learned - held))
+
+
+def retrain(learner: Learner, progress: Progress | None = None) -> Rebuild:
+    """Serve the newest ancestor that learned nothing forgotten, learn again what is left of later nights, delete the rest.
+
+    The rows wait as pending ones: where the night is refused or fails, any later one learns them. Called again after a crash,
+    it goes on.
+
+    Raises:
+        NothingToLearn: no generation learned from a forgotten row.
+        NotNow: a night is running.
+        EdgeclError: the night failed; the earlier generation serves, and no row is lost.
+    """
+    with night_lock(learner.home):
+        learner.finish_last_night()
+        rebuild = plan(learner)
+        if rebuild is None:
+            raise NothingToLearn("no generation learned from a forgotten row; there is nothing to rebuild")
+        _restore_model(learner, learner.generations.load(rebuild.start), progress)
+        learner.store.learn_again(rebuild.deleted)
+        learner.generations.point(rebuild.start)
+    try:
+        with contextlib.suppress(NothingToLearn):
+            rebuild.night = learner.adapt(progress=progress)
+    finally:  # after the night: its number is then a new one
+        for number in rebuild.deleted:
+            learner.generations.delete(number)
+    return rebuild
+
+
+def _restore_model(learner: Learner, generation: Generation, progress: Progress | None) -> None:
+    """Write the merged model of an older generation again, where it was deleted to save space."""
+    if not generation.number or generation.model.is_file():
+        return
+    base = learner.settings.base
+    with translated(), GgufFile(base) as gguf:
+        qtype = resolve_quant(generation.model.stem.removeprefix("model-"), gguf, learned=True)
+    adapter = str(generation.folder / "adapter.gguf")
+    request = {"base": base, "adapter": adapter, "out": str(generation.model), "quant": qtype}
+    run_stage("merge", request, learner.limits(), progress)
+
+
+def _manifests(learner: Learner) -> list[Manifest]:
+    """Return the manifests of all generations that have a sound one, in order."""
+    found = []
+    for number in learner.generations.numbers():
+        with contextlib.suppress(GenerationError):
+            found.append(learner.generations.load(number).manifest)
+    return found
+
+
+def _text(example: Example) -> str:
+    parts = [content for _, content in example.messages]
+    return "\n".join([*parts, example.source, example.final or "", *(example.program or ())])

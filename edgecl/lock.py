@@ -1,0 +1,26 @@
+"""One night at a time in a home; whatever changes generations waits for its end, or comes later."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import NotNow
+
+
+@contextmanager
+def night_lock(home: Path) -> Iterator[None]:
+    """Keep nights out of a home; a process that dies gives the lock back.
+
+    Raises:
+        NotNow: another night is running.
+    """
+    with open(os.open(home / "lock", os.O_CREAT | os.O_WRONLY, 0o600), "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise NotNow(f"another night is running in {home}; try again when it is done") from None
+        yield
