@@ -1,4 +1,4 @@
-"""Histories of other programs: what is taken of a log of llm (written by llm, and as older ones did) and of a ChatGPT export."""
+"""Histories of other programs: what is taken of a log of llm (as llm writes it, and as it did) and of a ChatGPT export."""
 
 from __future__ import annotations
 
