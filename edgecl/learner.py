@@ -54,10 +54,10 @@ def translated() -> Iterator[None]:
 class Learner:
     """An open home folder; close it, or use it as a context manager.
 
-    Any thread may call any method. Answers are given one turn at a time: `ask` and `turn` wait for the turn that is running,
-    and what a night has published serves from the next turn on. `observe` and what reads the store wait for no turn and no
-    night. `adapt` takes as long as a night does, so it belongs in a thread of its own. `close` waits for the turn that is
-    running and stops a night.
+    Any thread may call any method but `engine`. Answers are given one turn at a time: `ask` and `turn` wait for the turn that
+    is running, and what a night has published serves from the next turn on. `observe` and what reads the store wait for no
+    turn and no night. `adapt` takes as long as a night does, so it belongs in a thread of its own. `close` waits for the turn
+    that is running and stops a night; whatever is called afterwards raises an EdgeclError.
     """
 
     def __init__(self, home: Path | str | None = None) -> None:
