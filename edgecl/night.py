@@ -180,7 +180,9 @@ class Night:
     def _plan(self, new: list[Stored], replay: list[Stored]) -> Plan:
         """Return what each task is measured on: its held-out rows, else tonight's own, else those it rehearses."""
         plan: Plan = {}
-        for kind, rows in (("heldout", self.store.rows("heldout")), ("learned", new), ("replay", replay)):
+        tonight = {row.id for row in new}  # what is observed meanwhile may have one of them held out
+        heldout = [row for row in self.store.rows("heldout") if row.id not in tonight]
+        for kind, rows in (("heldout", heldout), ("learned", new), ("replay", replay)):
             by_task: dict[str, list[Example]] = {}
             for row in rows:
                 by_task.setdefault(row.example.task, []).append(row.example)

@@ -169,7 +169,7 @@ def merge_stage(request: Request, report: Report) -> Request:
 
 def measure_stage(request: Request, report: Report) -> Request:
     """Score rows and prose in llama.cpp."""
-    from .engine import Engine, Row, prose_nats, score
+    from .engine import Engine, Row, fitted, prose_nats, score
 
     began = time.perf_counter()
     examples = [example_from(record) for record in request["rows"]]
@@ -179,7 +179,8 @@ def measure_stage(request: Request, report: Report) -> Request:
     ):
         chats = chat_format(base, engine.vocab)
         scores = []
-        for example, result in zip(examples, score(engine, [Row(*chats.row(e)) for e in examples]), strict=True):
+        rows = [fitted(Row(*chats.row(example)), engine.n_ctx) for example in examples]
+        for example, result in zip(examples, score(engine, rows), strict=True):
             scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens, result.text])
             report(len(scores), len(examples), Path(request["model"]).name)
         prose = prose_nats(engine, prose_text()) if request["prose"] else []

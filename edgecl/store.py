@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sqlite3
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def heldout_quota(n_rows: int, share: float) -> int:
 
 
 class Store:
-    """An open replay.db; not shared between threads or processes: each opens its own."""
+    """An open replay.db; threads share it, one call after another, and each process opens its own."""
 
     def __init__(self, path: Path | str) -> None:
         """Open or create the file and bring its schema up to date.
@@ -85,10 +86,11 @@ class Store:
             StoreError: not a database, not writable, or written by a newer edgecl.
         """
         self.path = Path(path)
+        self._lock, self._is_closed = threading.RLock(), False
         try:
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = Database(sqlite3.connect(self.path, timeout=30))
+            self._db = Database(sqlite3.connect(self.path, timeout=30, check_same_thread=False))
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{path}: cannot be opened: {error}; restore it or move it away") from None
         try:
@@ -111,8 +113,10 @@ class Store:
                 migrations.apply(self._db)
 
     def close(self) -> None:
-        """Close the connection."""
-        self._db.close()
+        """Close the connection; whatever uses the store afterwards raises StoreError."""
+        with self._lock:
+            self._is_closed = True
+            self._db.close()
 
     def __enter__(self) -> Store:
         return self
@@ -122,8 +126,11 @@ class Store:
 
     # --- examples -----------------------------------------------------------------------------------------------
 
-    def add(self, examples: Iterable[Example], heldout_share: float) -> Added:
+    def add(self, examples: Iterable[Example], heldout_share: float, replace: bool = True) -> Added:
         """Store examples as pending, all or none, and set part of each task aside for measuring.
+
+        Args:
+            replace: whether an answer replaces an older one to the same prompt; else it counts as a duplicate.
 
         Raises:
             DataError: a text is not Unicode; nothing was stored.
@@ -134,7 +141,7 @@ class Store:
         tasks: set[str] = set()
         with self._transaction():
             for example in examples:
-                self._add_one(example, now, report)
+                self._add_one(example, now, report, replace)
                 tasks.add(example.task)
             for task in sorted(tasks):
                 report.heldout += self._hold_out(task, heldout_share)
@@ -142,13 +149,14 @@ class Store:
             self._empty_log()
         return report
 
-    def _add_one(self, example: Example, now: str, report: Added) -> None:
+    def _add_one(self, example: Example, now: str, report: Added, replace: bool) -> None:
         table = self._db.table("examples")
-        if self._count("hash = ?", [example.hash]):
+        is_asked = self._count("prompt_hash = ?", [example.prompt_hash])
+        if self._count("hash = ?", [example.hash]) or (is_asked and not replace):
             report.duplicates += 1
             return
         report.added += 1
-        if self._count("prompt_hash = ?", [example.prompt_hash]):
+        if is_asked:
             report.replaced += 1
             table.delete_where("prompt_hash = ?", [example.prompt_hash])
         table.insert(
@@ -221,16 +229,17 @@ class Store:
     def settle(self, learned: Collection[int], keep: Collection[int], generation: int, archive: bool) -> None:
         """After a published night: learned rows become replay (those in `keep`), archive, or are deleted; all or none.
 
-        Safe to call again: rows that are no longer pending are left alone.
+        A row that was held out while the night learned it is not fit for measuring any more, and goes with the others. Safe to
+        call again: rows that are kept or archived are left alone.
         """
         with self._transaction():
             for row_id in learned:
                 role = "replay" if row_id in keep else "archive" if archive else None
                 if role is None:
-                    self._db.execute("delete from examples where id = ? and role = 'pending'", [row_id])
+                    self._db.execute("delete from examples where id = ? and role in ('pending', 'heldout')", [row_id])
                 else:
                     self._db.execute(
-                        "update examples set role = ?, generation = ? where id = ? and role = 'pending'",
+                        "update examples set role = ?, generation = ? where id = ? and role in ('pending', 'heldout')",
                         [role, generation, row_id],
                     )
         self._empty_log()
@@ -355,7 +364,7 @@ class Store:
 
     def _empty_log(self) -> None:
         """Empty the write-ahead log, where deleted text would stay; if a reader is in the way, a later call does it."""
-        with suppress(sqlite3.Error):
+        with self._lock, suppress(sqlite3.Error):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     @contextmanager
@@ -371,8 +380,12 @@ class Store:
 
     @contextmanager
     def _translated(self, what: str, then: str) -> Iterator[None]:
+        """Hold the connection, and turn its errors into StoreError."""
         try:
-            yield
+            with self._lock:
+                if self._is_closed:
+                    raise StoreError(f"{self.path}: is closed; open it again")
+                yield
         except sqlite3.Error as error:
             raise StoreError(f"{self.path}: {what}: {error}; {then}") from None
         except UnicodeEncodeError:

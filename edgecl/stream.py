@@ -24,7 +24,7 @@ from .child import Progress, run_stage
 from .data import Example, parse_lines
 from .errors import DataError
 from .generations import Generation, unpublished
-from .learner import Learner, find_model, translated
+from .learner import Learner, translated
 from .metrics import (
     FloatArray,
     average_accuracy,
@@ -34,6 +34,7 @@ from .metrics import (
     paired_interval,
     stream_intervals,
 )
+from .places import find_model
 from .profile import ReplaySettings, TrainSettings
 from .replay import choose, quota
 

@@ -37,8 +37,8 @@ from typing import Any
 
 import numpy as np
 
-from edgecl.learner import PACKAGED, find_model
 from edgecl.metrics import paired_interval
+from edgecl.places import PACKAGED, find_model
 from edgecl.profile import Profile, TrainSettings
 
 Rows = list[tuple[list[int], list[bool]]]

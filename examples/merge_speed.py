@@ -18,7 +18,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from edgecl.learner import PACKAGED, find_model
+from edgecl.places import PACKAGED, find_model
 from edgecl_convert import Adapter, GgufFile, merge
 from edgecl_convert.names import PROJECTIONS
 

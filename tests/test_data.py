@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgecl.data import ChatFormat, Example, common_length, is_correct, normalize, parse_example, parse_lines
 from edgecl.errors import DataError, EdgeclError
-from edgecl.learner import find_model
+from edgecl.places import find_model
 from edgecl.store import Store
 from edgecl_convert import GgufFile
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import END, N_VOCAB, START, Tiny, build, random_adapter, random_tokens, torch_model, write_model
 
-from edgecl.engine import GGML_TYPE_F32, Engine, Row, VocabFile, latency, prose_nats, score
+from edgecl.engine import GGML_TYPE_F32, Engine, Row, VocabFile, fitted, latency, prose_nats, score
 from edgecl.errors import EngineError
 from edgecl_convert import GgufFile, write_gguf_adapter
 
@@ -221,6 +221,17 @@ def test_files_that_are_no_model_are_refused(paths, tmp_path):
     for path in (paths["adapter"], tmp_path, tmp_path / "missing.gguf"):
         with pytest.raises(EngineError):
             open_engine(path)
+
+
+def test_a_row_longer_than_the_context_is_scored_by_what_fits(paths):
+    short, long = Row(SHARED, [70, END]), Row(random_tokens(300), [70, END])
+    talkative = Row(SHARED, random_tokens(300, seed=1))
+    with open_engine(paths["llama"], n_ctx=256, n_seq=2) as engine:
+        rows = [fitted(row, engine.n_ctx) for row in (long, talkative, short)]
+        assert rows == [Row(long.prompt[-242:], long.answer), Row(SHARED[-1:], talkative.answer[:243]), short]
+        scores = list(score(engine, rows))
+        assert scores[2] == next(score(engine, [short]))
+        assert [one.n_tokens for one in scores] == [2, 243, 2]
 
 
 def test_prompt_longer_than_the_context_is_refused_and_the_engine_goes_on(paths):

@@ -44,7 +44,7 @@ from hf_models import (
 from safetensors.numpy import load_file, save_file
 
 from edgecl.engine import GGML_TYPE_F32, Engine
-from edgecl.learner import find_model
+from edgecl.places import find_model
 from edgecl_convert import GgufFile, HfModel, merge, resolve_quant
 from edgecl_convert.ggml import QType
 from edgecl_convert.gguf_file import PlannedTensor, encode_field, write_gguf

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from edgecl.data import ChatFormat
-from edgecl.learner import find_model
 from edgecl.modelfile import Chat, go_template, write_modelfile
+from edgecl.places import find_model
 from edgecl_convert import GgufFile
 
 CHATML = (

@@ -21,7 +21,21 @@ FILES = {
 }
 LAYERS = (
     {"errors", "edgecl_convert"},
-    {"data", "replay", "metrics", "gate", "profile", "migrations", "child", "sandbox", "redact", "lock"},
+    {
+        "data",
+        "replay",
+        "metrics",
+        "gate",
+        "profile",
+        "migrations",
+        "child",
+        "sandbox",
+        "redact",
+        "lock",
+        "turns",
+        "places",
+        "imports",
+    },
     {"train", "engine", "store", "generations", "device", "timer"},
     {
         "measure",
@@ -50,7 +64,7 @@ OWNERS = {  # a dependency is imported by these rooms alone
     "peft": set(),
     "llama_cpp": {"engine", "edgecl_convert"},
     "sqlite_utils": {"store", "migrations"},
-    "sqlite3": {"store", "train"},
+    "sqlite3": {"store", "train", "imports"},
     "psutil": {"child", "train"},
     "jinja2": {"data"},
     "matplotlib": {"demo", "edgecl_convert"},

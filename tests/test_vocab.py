@@ -30,7 +30,7 @@ from tiny_tokenizers import (
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from edgecl.learner import find_model
+from edgecl.places import find_model
 from edgecl_convert import TORTURE, ConvertError, GgufFile, UnsupportedError, read_vocabulary, verify
 from edgecl_convert.hf_tokenizer import read_tokenizer
 from edgecl_convert.llama_model import LlamaModel

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..device import propose_profile
 from ..errors import DataError
+from ..imports import read_history
 from ..learner import Learner
 from ..profile import PRECISIONS
 from .output import console, json_option, print_json, safe
@@ -48,16 +49,24 @@ def init(
 @json_option
 @click.pass_context
 def observe(context: click.Context, file: str, task: str | None, as_json: bool) -> None:
-    """Store the examples of FILE.jsonl (- for stdin) to be learned."""
+    """Store the examples of FILE to be learned: JSONL (- for stdin), a log of the llm command, or a ChatGPT export.
+
+    A log or an export is taken whole, one example a conversation, into task llm or chatgpt; what is stored already stays.
+    """
     try:
-        lines = sys.stdin.buffer.readlines() if file == "-" else Path(file).read_bytes().splitlines()
+        history = None if file == "-" else read_history(Path(file), task)
+        lines = [] if history else sys.stdin.buffer.readlines() if file == "-" else Path(file).read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     with Learner(context.obj) as learner:
-        report = learner.observe(lines, task, "stdin" if file == "-" else Path(file).name)
+        if history:
+            report = learner.observe(history.examples, replace=False)
+        else:
+            report = learner.observe(lines, task, "stdin" if file == "-" else Path(file).name)
     kept = report.added + report.duplicates
     if as_json:
-        print_json(report.__dict__)
+        facts = {"conversations": history.n_conversations, "left_out": history.left_out} if history else {}
+        print_json(report.__dict__ | facts)
     else:
         for number, reason in report.bad[:20]:
             click.echo(f"{safe(file)}:{number}: {safe(reason)}", err=True)
@@ -70,8 +79,12 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
         if report.redacted:
             found = ", ".join(f"{n} [{kind}]" for kind, n in report.redacted.items())
             click.echo(f"redacted before storing: {found} (privacy.redact in edgecl.toml)")
+        if history:
+            left_out = ", ".join(f"{what} ({n})" for what, n in sorted(history.left_out.items())) or "nothing"
+            click.echo(f"read {history.n_conversations} conversations; left out: {left_out}")
         if not kept and not report.bad:
-            click.echo(f"{safe(file)}: has no example; expected JSONL chats", err=True)
+            expected = "expected conversations with answers in text" if history else "expected JSONL chats"
+            click.echo(f"{safe(file)}: has no example; {expected}", err=True)
     context.exit(0 if kept else 1)
 
 

@@ -37,7 +37,7 @@ def probe(models: tuple[str, ...], text: Path | None, group_size: int, plot: Pat
     from edgecl_convert import check_plot, check_probeable, draw_probes, open_source
     from edgecl_convert import probe as probe_source
 
-    from ..learner import find_model
+    from ..places import find_model
 
     if plot:
         check_plot(plot)

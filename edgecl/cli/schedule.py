@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from .. import timer
-from ..learner import Learner, default_home
+from ..learner import Learner
+from ..places import default_home
 from .output import json_option, print_json, safe
 
 

@@ -2,7 +2,7 @@
 
 from .latency import latency
 from .model import Vocab, VocabFile
-from .scoring import Row, RowScore, prose_nats, score
+from .scoring import Row, RowScore, fitted, prose_nats, score
 from .session import GGML_TYPE_F16, GGML_TYPE_F32, Engine
 from .writing import Written, write_rows
 
@@ -15,6 +15,7 @@ __all__ = [
     "Vocab",
     "VocabFile",
     "Written",
+    "fitted",
     "latency",
     "prose_nats",
     "score",

@@ -45,7 +45,16 @@ class RowScore:
     n_tokens: int
 
 
-def score(engine: Engine, rows: Sequence[Row], extra_tokens: int = 12) -> Iterator[RowScore]:
+EXTRA_TOKENS = 12  # a wrong answer is cut when it is this much longer than the wanted one
+
+
+def fitted(row: Row, n_ctx: int) -> Row:
+    """Return a row that a context of n_ctx tokens holds: cut on the left of its prompt, as in training, then on the right."""
+    n_answer = min(len(row.answer), n_ctx - EXTRA_TOKENS - 1)
+    return Row(row.prompt[n_answer + EXTRA_TOKENS - n_ctx :], row.answer[:n_answer])
+
+
+def score(engine: Engine, rows: Sequence[Row], extra_tokens: int = EXTRA_TOKENS) -> Iterator[RowScore]:
     """Yield the greedy answer and answer loss of every row, in order; the engine is busy until the last one.
 
     Args:

@@ -1,7 +1,7 @@
 """One model in llama.cpp, with at most one LoRA adapter: load, switch, run, generate.
 
-An Engine is not thread-safe: one thread at a time. Switching an adapter or a model empties the KV cache. Everything
-is greedy and therefore repeatable.
+An Engine belongs to one turn at a time, of whatever thread: who shares one holds a lock for the whole turn, as `Learner.turn`
+does. Switching an adapter or a model empties the KV cache. Everything is greedy and therefore repeatable.
 """
 
 from __future__ import annotations

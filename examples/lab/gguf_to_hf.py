@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from edgecl.learner import find_model
+from edgecl.places import find_model
 from edgecl_convert import GgufFile
 from edgecl_convert.pretokenizer import KNOWN
 

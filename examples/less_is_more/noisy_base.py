@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecl.learner import find_model
+from edgecl.places import find_model
 from edgecl_convert import GgufFile, merge
 from edgecl_convert.ggml import Bytes
 from edgecl_convert.gguf_file import copied_fields, write_gguf

