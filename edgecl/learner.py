@@ -366,7 +366,8 @@ class Learner:
     def _finish_last_night(self) -> None:
         """Move what the newest published generation learned out of `pending`: a killed night may not have come so far."""
         manifest = self.generations.current().manifest
-        self.store.settle(manifest.learned, manifest.kept, manifest.number, self.settings.replay.archive)
+        learned = self.store.claimed(manifest.number).intersection(manifest.learned)
+        self.store.settle(learned, manifest.kept, manifest.number, self.settings.replay.archive)
 
     def _engine_options(self) -> dict[str, Any]:
         p = self.profile

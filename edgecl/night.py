@@ -293,6 +293,7 @@ class Night:
             learned=[row.id for row in new],
             kept=kept,
         )
+        self.store.claim(manifest.learned, number)
         published = self.generations.publish(draft, manifest)
         self.store.rename_scores(tonight.hash, published.hash)
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)

@@ -198,6 +198,24 @@ class Store:
                 out.setdefault(task, dict.fromkeys(ROLES, 0))[role] = n
         return out
 
+    def claim(self, learned: Collection[int], generation: int) -> None:
+        """Write down, before a generation is published, which pending rows it has learned.
+
+        Only what was claimed may leave `pending` after a crash: in a store that was restored or begun anew, the ids of a
+        manifest are those of other rows.
+        """
+        with self._transaction():
+            for row_id in learned:
+                self._db.execute(
+                    "update examples set generation = ? where id = ? and role = 'pending'", [generation, row_id]
+                )
+
+    def claimed(self, generation: int) -> set[int]:
+        """Return the ids of rows that a generation has claimed and that are pending still."""
+        with self._reading():
+            found = self._db.execute("select id from examples where role = 'pending' and generation = ?", [generation])
+            return {int(row_id) for (row_id,) in found}
+
     def settle(self, learned: Collection[int], keep: Collection[int], generation: int, archive: bool) -> None:
         """After a published night: learned rows become replay (those in `keep`), archive, or are deleted; all or none.
 
