@@ -130,7 +130,8 @@ class Generations:
             known = ", ".join(map(str, self.numbers())) or "none"
             raise GenerationError(f"there is no generation {number} in {self.home}; there are: {known}") from None
         except (ValueError, TypeError) as error:
-            raise GenerationError(f"{folder}/manifest.json is damaged: {error}; roll back to another") from None
+            then = "roll back to another" if number else "restore it, or `edgecl init` a new home"
+            raise GenerationError(f"{folder}/manifest.json is damaged: {error}; {then}") from None
         digest = hashlib.sha256(data).hexdigest()
         base = manifest if number == 0 else self.load(0).manifest
         if manifest.number != number or manifest.base_sha256 != base.base_sha256:
@@ -154,7 +155,9 @@ class Generations:
         try:
             target = os.readlink(self.link)
         except OSError:
-            raise GenerationError(f"{self.home} serves no generation; run `edgecl init MODEL`") from None
+            known = ", ".join(map(str, self.numbers()))
+            then = f"run `edgecl rollback N`, there are: {known}" if known else "run `edgecl init MODEL`"
+            raise GenerationError(f"{self.home} serves no generation; {then}") from None
         name = Path(target).name
         if Path(target).parent.name != "generations" or not name.isdecimal():
             raise GenerationError(f"{self.link} points to {target}, not to a generation; run `edgecl rollback N`")

@@ -236,9 +236,9 @@ class Learner:
             NotNow: a night is running.
         """
         with self._lock():
-            current = self.generations.current()
             if number is None:
-                parents = [n for n in self.generations.numbers() if self.generations.hash_of(n) == current.manifest.parent]
+                parent = self.generations.current().manifest.parent
+                parents = [n for n in self.generations.numbers() if self.generations.hash_of(n) == parent]
                 if not parents:
                     raise GenerationError("the base itself serves; there is nothing to roll back to")
                 number = parents[0]
