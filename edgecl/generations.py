@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from typing import Any
 from edgecl_convert import ConvertError, fsync_folder, write_atomic
 
 from .errors import GenerationError
+
+
+_TYPES = {"int": int, "str": str, "dict[str, str]": dict, "list[int]": list}  # of a manifest's fields, as they are written
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Generations:
         folder = self.folder / f"{number:04d}"
         try:
             data = (folder / "manifest.json").read_bytes()
-            manifest = Manifest(**json.loads(data))
+            manifest = _parsed(data)
         except OSError:
             known = ", ".join(map(str, self.numbers())) or "none"
             raise GenerationError(f"there is no generation {number} in {self.home}; there are: {known}") from None
@@ -254,6 +257,19 @@ class Generations:
                 generation = self.load(number)
                 if number not in (0, serving) and generation.manifest.model:
                     generation.model.unlink(missing_ok=True)
+
+
+def _parsed(data: bytes) -> Manifest:
+    """Return a manifest; ValueError or TypeError where a value is of another type, or names a file outside of the folder."""
+    manifest = Manifest(**json.loads(data))
+    for part in fields(manifest):
+        if not isinstance(getattr(manifest, part.name), _TYPES[str(part.type)]):
+            raise TypeError(f"{part.name} is not of the type {part.type}")
+    if not all(isinstance(row_id, int) for row_id in (*manifest.learned, *manifest.kept)):
+        raise TypeError("learned and kept must be ids of rows")
+    if manifest.number and ("/" in manifest.model or manifest.model == ".."):  # it is served, and deleted when it is old
+        raise ValueError(f"model must be a file's name, got {manifest.model!r}")
+    return manifest
 
 
 def _json(manifest: Manifest) -> str:
