@@ -102,6 +102,26 @@ def unpublished(folder: Path, model: Path, adapter: Path | None) -> Generation:
     return Generation(manifest, folder, f"draft {folder.name} {model.name}", model, adapter)
 
 
+def check_files(generation: Generation, *more: str) -> None:
+    """Check that the file that a generation serves, and `more` of its files, are those that were published.
+
+    The base has `check_base`, and a draft has no manifest yet: they pass.
+
+    Raises:
+        GenerationError: a file is gone, or its bytes changed.
+    """
+    if generation.number < 1:
+        return
+    for name in dict.fromkeys(((generation.adapter or generation.model).name, *more)):
+        path = generation.folder / name
+        try:
+            got = sha256_file(path)
+        except OSError as error:
+            raise GenerationError(f"{path} is gone ({error.strerror}); restore it, or `edgecl rollback N`") from None
+        if got != generation.manifest.files.get(name):
+            raise GenerationError(f"{path} was changed since it was published; restore it, or `edgecl rollback N`")
+
+
 class Generations:
     """The generations of one home."""
 

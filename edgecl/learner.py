@@ -23,7 +23,7 @@ from edgecl_convert.names import check_architecture
 from .child import Limits, Progress, run_stage
 from .data import Example, parse_lines
 from .errors import EdgeclError, GenerationError, NothingToLearn, NotNow, SettingError
-from .generations import Generation, Generations, Manifest, now, sha256_file
+from .generations import Generation, Generations, Manifest, check_files, now, sha256_file
 from .measure import Meter
 from .night import AdaptReport, Night
 from .profile import PRECISIONS, Settings, load_profile, served_at
@@ -220,9 +220,11 @@ class Learner:
         serving = self.generations.current()
         if self._engine is None:
             self.generations.check_base(full=False)
+            check_files(serving)
             self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
         elif self._serving != serving.hash:
             self.generations.check_base(full=False)
+            check_files(serving)
             self._serving = ""  # a switch that fails leaves the engine closed: the next turn must switch again
             self._engine.switch(serving.model, serving.adapter)
         self._serving = serving.hash
@@ -245,6 +247,7 @@ class Learner:
             target = self.generations.load(number)
             if not target.model.is_file():
                 raise GenerationError(f"generation {number} keeps its adapter but no model file; roll back to another")
+            check_files(target)
             self.generations.point(number)
             return target
 
@@ -343,6 +346,7 @@ class Learner:
         with self._lock(), translated():
             self._finish_last_night()
             self.generations.check_base(full=True)
+            check_files(self.generations.current(), "adapter.gguf")
             new = self.store.rows("pending", task)
             if not new:
                 what = f"no pending example of task {task}" if task else "no pending example"

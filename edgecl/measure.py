@@ -10,7 +10,7 @@ import numpy as np
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .generations import Generation
+from .generations import Generation, check_files
 from .store import Scored, Store
 
 PROSE = "prose"  # the row name under which the windows of unrelated prose are remembered
@@ -67,6 +67,7 @@ class Meter:
         return known, known[PROSE].loss_nats
 
     def _run(self, generation: Generation, rows: list[Example], prose: bool) -> list[Scored]:
+        check_files(generation)
         rows = sorted(rows, key=lambda row: row.messages)  # rows that begin alike share more of their prefix
         request = {
             "base": str(self._base),

@@ -7,6 +7,7 @@ touched; rows leave `pending` only after that.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -21,9 +22,9 @@ from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .errors import Diverged, EdgeclError, StageError
+from .errors import Diverged, EdgeclError, GenerationError, StageError
 from .gate import TaskResult, judge
-from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
+from .generations import Generation, Generations, Manifest, check_files, now, sha256_file, unpublished
 from .measure import Meter, mean_loss, record_of
 from .metrics import survival
 from .profile import Profile, Settings
@@ -181,9 +182,10 @@ class Night:
         number = self.generations.next_number()
         shuffled = random.Random(number).sample(replay, len(replay))
         begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
+        adapters = {number: self._adapter_of(number, yesterday) for number in {row.generation for row in begun}}
         by_adapter: dict[Path | None, list[Stored]] = {}
         for row in begun:
-            by_adapter.setdefault(self._adapter_of(row, yesterday), []).append(row)
+            by_adapter.setdefault(adapters[row.generation], []).append(row)
         parts: list[tuple[Path, Path | None, list[Stored], int]]
         parts = [(yesterday.model, yesterday.adapter, [], n - len(begun))]
         parts += [(Path(self.settings.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
@@ -204,11 +206,14 @@ class Night:
         report.peak_rss_bytes = max(report.peak_rss_bytes, peak)
         return list(result["written"])
 
-    def _adapter_of(self, row: Stored, yesterday: Generation) -> Path | None:
-        """Return the adapter of the generation that learned a row; yesterday's, where that is gone or was rolled back."""
-        number = row.generation or 0
-        own = [self.generations.folder / f"{number:04d}"] if number <= yesterday.number else []
-        return next((path for folder in (*own, yesterday.folder) if (path := folder / "adapter.gguf").is_file()), None)
+    def _adapter_of(self, number: int | None, yesterday: Generation) -> Path | None:
+        """Return the adapter of a generation; yesterday's, where that is gone, damaged or was rolled back."""
+        if number and number < yesterday.number:
+            with contextlib.suppress(GenerationError):
+                adapter = self.generations.folder / f"{number:04d}" / "adapter.gguf"
+                check_files(replace(self.generations.load(number), adapter=adapter))
+                return adapter
+        return yesterday.folder / "adapter.gguf" if yesterday.number else None
 
     def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)
