@@ -32,7 +32,8 @@ def init(home: Path | None, model: str, quant: str, precision: str | None, profi
     if as_json:
         print_json(status)
     else:
-        click.echo(f"{status['home']} is ready: it serves {Path(status['base']).name}, and will serve {status['quant']}")
+        base = Path(status["base"]).name
+        click.echo(safe(f"{status['home']} is ready: it serves {base}, and will serve {status['quant']}"))
 
 
 @click.command()
@@ -92,8 +93,8 @@ def status(home: Path | None, as_json: bool) -> None:
         print_json(facts)
         return
     out = console()
-    out.print(f"home        {facts['home']}")
-    out.print(f"serves      generation {facts['generation']} ({facts['served']}), quant {facts['quant']}")
+    out.print(f"home        {safe(facts['home'])}")
+    out.print(f"serves      generation {facts['generation']} ({safe(facts['served'])}), quant {facts['quant']}")
     out.print(f"on disk     generations {', '.join(map(str, facts['generations']))}")
     last = facts["last_night"]
     if last:
