@@ -18,7 +18,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -321,8 +321,13 @@ class Store:
             with self._db.conn:  # commits, or rolls back
                 yield
 
-    def _reading(self) -> AbstractContextManager[None]:
-        return self._translated("cannot be read", "restore it or move it away")
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._translated("cannot be read", "restore it or move it away"):
+            try:
+                yield
+            except (ValueError, TypeError) as error:  # what a damaged row holds is no JSON, or other JSON
+                raise StoreError(f"{self.path}: a row is damaged: {error}; restore it or move it away") from None
 
     @contextmanager
     def _translated(self, what: str, then: str) -> Iterator[None]:
@@ -337,4 +342,7 @@ class Store:
 def _example(row: dict[str, Any]) -> Example:
     messages = tuple((role, content) for role, content in json.loads(row["messages"]))
     program = tuple(json.loads(row["program"])) if row["program"] else None
-    return Example(messages, row["task"], row["source"] or "", row["final"], program)
+    example = Example(messages, row["task"], row["source"] or "", row["final"], program)
+    if example.hash != row["hash"]:
+        raise ValueError(f"example {row['id']} is not the one that was stored")
+    return example
