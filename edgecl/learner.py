@@ -147,7 +147,8 @@ class Learner:
         if exists:
             for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
                 (place / old).unlink(missing_ok=True)
-            shutil.rmtree(place / "generations", ignore_errors=True)
+            for folder in ("generations", "runs"):
+                shutil.rmtree(place / folder, ignore_errors=True)
         stat = base.stat()
         manifest = Manifest(
             number=0,
@@ -401,7 +402,7 @@ class Learner:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with open(self.home / "lock", "w") as handle:
+        with open(self.home / "lock", "a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
