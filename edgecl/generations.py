@@ -25,7 +25,6 @@ from edgecl_convert import ConvertError, fsync_folder, write_atomic
 
 from .errors import GenerationError
 
-
 _TYPES = {"int": int, "str": str, "dict[str, str]": dict, "list[int]": list}  # of a manifest's fields, as they are written
 
 
@@ -186,16 +185,22 @@ class Generations:
             raise GenerationError(f"{self.link} points to {target}, not to a generation; run `edgecl rollback N`")
         return self.load(int(name))
 
-    def check_base(self, full: bool) -> None:
+    def check_base(self, full: bool, base: str = "") -> None:
         """Check that the base is the file that it was at `init`.
 
         Args:
             full: hash all of it; otherwise only when its size or time stamp changed.
+            base: the path that edgecl.toml names.
 
         Raises:
-            GenerationError: it is gone, or its bytes changed.
+            GenerationError: it is gone, its bytes changed, or edgecl.toml names another.
         """
         manifest = self.load(0).manifest
+        if base and base != manifest.model:
+            raise GenerationError(
+                f"{self.home}/edgecl.toml names the base {base}, it was {manifest.model} at init; "
+                "put that back, or `edgecl init` a new home"
+            )
         path = Path(manifest.model)
         try:
             stat = path.stat()

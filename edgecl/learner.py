@@ -219,13 +219,12 @@ class Learner:
         from .engine import Engine
 
         serving = self.generations.current()
-        if self._engine is None:
-            self._check_base(full=False)
+        if self._engine is None or self._serving != serving.hash:
+            self.generations.check_base(full=False, base=self.settings.base)
             check_files(serving)
+        if self._engine is None:
             self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
         elif self._serving != serving.hash:
-            self._check_base(full=False)
-            check_files(serving)
             self._serving = ""  # a switch that fails leaves the engine closed: the next turn must switch again
             self._engine.switch(serving.model, serving.adapter)
         self._serving = serving.hash
@@ -280,7 +279,7 @@ class Learner:
             EdgeclError: no such generation, or a child failed.
         """
         generation = self.generations.current() if number is None else self.generations.load(number)
-        self._check_base(full=False)
+        self.generations.check_base(full=False, base=self.settings.base)
         rows = [row.example for row in self.store.rows("heldout")]
         measured = {row.task for row in rows}
         rows += [row.example for row in self.store.rows("replay") if row.example.task not in measured]
@@ -346,7 +345,7 @@ class Learner:
             raise SettingError(f"gate must be one of {', '.join(GATES)}; got {gate}")
         with self._lock(), translated():
             self._finish_last_night()
-            self._check_base(full=True)
+            self.generations.check_base(full=True, base=self.settings.base)
             check_files(self.generations.current(), "adapter.gguf")
             new = self.store.rows("pending", task)
             if not new:
@@ -367,16 +366,6 @@ class Learner:
                 progress,
             )
             return night.run(new)
-
-    def _check_base(self, full: bool) -> None:
-        """Check that the base is the one of `init`, by its name in edgecl.toml and by its bytes (see `Generations.check_base`)."""
-        made_for = self.generations.load(0).manifest.model
-        if self.settings.base != made_for:
-            raise SettingError(
-                f"{self.home}/edgecl.toml: base is {self.settings.base}, this home was made for {made_for}; "
-                "put that back, or `edgecl init` a new home"
-            )
-        self.generations.check_base(full)
 
     def _finish_last_night(self) -> None:
         """Move what the newest published generation learned out of `pending`: a killed night may not have come so far."""

@@ -206,9 +206,7 @@ class Store:
         """
         with self._transaction():
             for row_id in learned:
-                self._db.execute(
-                    "update examples set generation = ? where id = ? and role = 'pending'", [generation, row_id]
-                )
+                self._db.execute("update examples set generation = ? where id = ? and role = 'pending'", [generation, row_id])
 
     def claimed(self, generation: int) -> set[int]:
         """Return the ids of rows that a generation has claimed and that are pending still."""
