@@ -181,7 +181,7 @@ class Generations:
             then = f"run `edgecl rollback N`, there are: {known}" if known else "run `edgecl init MODEL`"
             raise GenerationError(f"{self.home} serves no generation; {then}") from None
         name = Path(target).name
-        if Path(target).parent.name != "generations" or not name.isdecimal():
+        if Path(target).parent != Path("generations") or not name.isdecimal():
             raise GenerationError(f"{self.link} points to {target}, not to a generation; run `edgecl rollback N`")
         return self.load(int(name))
 
