@@ -102,6 +102,7 @@ class Night:
     compare: Sequence[str] = ()
     progress: Progress | None = None
     report: AdaptReport = field(default_factory=AdaptReport)
+    _whole: dict[Path, bool] = field(default_factory=dict)
 
     def run(self, new: list[Stored]) -> AdaptReport:
         """Learn pending rows.
@@ -182,10 +183,9 @@ class Night:
         number = self.generations.next_number()
         shuffled = random.Random(number).sample(replay, len(replay))
         begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
-        adapters = {number: self._adapter_of(number, yesterday) for number in {row.generation for row in begun}}
         by_adapter: dict[Path | None, list[Stored]] = {}
         for row in begun:
-            by_adapter.setdefault(adapters[row.generation], []).append(row)
+            by_adapter.setdefault(self._adapter_of(row, yesterday), []).append(row)
         parts: list[tuple[Path, Path | None, list[Stored], int]]
         parts = [(yesterday.model, yesterday.adapter, [], n - len(begun))]
         parts += [(Path(self.settings.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
@@ -206,14 +206,19 @@ class Night:
         report.peak_rss_bytes = max(report.peak_rss_bytes, peak)
         return list(result["written"])
 
-    def _adapter_of(self, number: int | None, yesterday: Generation) -> Path | None:
-        """Return the adapter of a generation; yesterday's, where that is gone, damaged or was rolled back."""
-        if number and number < yesterday.number:
+    def _adapter_of(self, row: Stored, yesterday: Generation) -> Path | None:
+        """Return the adapter of the generation that learned a row; yesterday's, where that is gone, damaged or rolled back."""
+        number = row.generation or 0
+        own = [self.generations.folder / f"{number:04d}"] if number <= yesterday.number else []
+        return next((path for folder in (*own, yesterday.folder) if self._is_whole(path := folder / "adapter.gguf")), None)
+
+    def _is_whole(self, adapter: Path) -> bool:
+        """Return whether an adapter is the one that was published; looked at once a night."""
+        if adapter not in self._whole:
             with contextlib.suppress(GenerationError):
-                adapter = self.generations.folder / f"{number:04d}" / "adapter.gguf"
-                check_files(replace(self.generations.load(number), adapter=adapter))
-                return adapter
-        return yesterday.folder / "adapter.gguf" if yesterday.number else None
+                check_files(replace(self.generations.load(int(adapter.parent.name)), adapter=adapter))
+                self._whole[adapter] = adapter.is_file()  # generation 0 has none
+        return self._whole.setdefault(adapter, False)
 
     def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)
