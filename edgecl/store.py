@@ -332,7 +332,10 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {what}: {error}; {then}") from None
+            reason = str(error).split("\n")[0]  # a damaged schema is quoted whole
+            raise StoreError(f"{self.path}: {what}: {reason}; {then}") from None
+        except UnicodeDecodeError:  # SQLite quotes what it cannot read
+            raise StoreError(f"{self.path}: {what}: its schema is damaged; {then}") from None
         except UnicodeEncodeError:
             raise DataError("a text has half a character (a lone surrogate); nothing was stored") from None
 
