@@ -106,7 +106,7 @@ def test_a_damaged_row_is_one_line(home: Path, damage: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [b"`ole text not null", b"\x87ole text not null"])
+@pytest.mark.parametrize("damage", [b"`ole text not null", b"`\x87le text not null"])
 def test_a_damaged_schema_is_one_line(home: Path, damage: bytes) -> None:
     path = home / "replay.db"
     path.write_bytes(path.read_bytes().replace(b"role text not null", damage))
