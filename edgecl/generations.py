@@ -225,7 +225,9 @@ class Generations:
         self.point(0)
 
     def draft(self) -> Path:
-        """Return a new hidden folder to build a generation in; drafts of nights that died are removed."""
+        """Return a new hidden folder to build a generation in; drafts and half files of nights that died are removed."""
+        for half in (*self.home.glob(".current-*"), *self.home.glob("runs/.*.tmp")):
+            half.unlink(missing_ok=True)
         for old in self.folder.glob(".draft-*"):
             shutil.rmtree(old, ignore_errors=True)
         folder = self.folder / f".draft-{os.getpid()}"

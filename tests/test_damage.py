@@ -237,6 +237,15 @@ def test_a_home_made_anew_has_nothing_of_the_old_one_and_a_lock_empties_no_file(
     assert not (home / "runs").exists() and (tmp_path / "precious").read_text() == "kept"
 
 
+def test_half_files_of_nights_that_died_are_removed(home: Path) -> None:
+    (home / ".current-99999999").symlink_to("generations/0000")
+    (home / "runs").mkdir(exist_ok=True)
+    (home / "runs/.checkpoint.safetensors.x.tmp").write_bytes(b"half")
+    with Learner(home) as learner:
+        learner.generations.draft()
+    assert not [*home.glob(".current-*"), *home.glob("runs/.*.tmp")] and (home / "current").is_symlink()
+
+
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
