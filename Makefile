@@ -1,5 +1,6 @@
 # make demo   the whole story on the packaged model; results in OUT (default demo-out)
 # make test   all tests          make check   formatting, lint, types
+# make faults   kills, full disks, damaged files: half an hour; results in faults-out; KIND="kill step" runs some kinds
 # make venv   only install, into .venv         make clean   remove caches and builds (rm -rf .venv starts over)
 #
 # The first call compiles llama.cpp; every later one starts at once, unless pyproject.toml or constraints.txt changed.
@@ -12,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 TORCH := 2.13.0
 LOG := $(VENV)/llama-build.log
 
-.PHONY: demo test check venv clean
+.PHONY: demo test faults check venv clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -20,6 +21,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	@$(PY) -m pytest
+
+faults: $(VENV)/.installed-test
+	@$(PY) -m tests.faults $(KIND)
 
 check: $(VENV)/.installed-test
 	@$(PY) -m ruff format --check .

@@ -17,8 +17,8 @@ from edgecl_convert import GgufFile
 from .data import DEFAULT_TASK, Example, check_task, parse_example
 from .errors import DataError, EdgeclError, GenerationError
 from .learner import Learner, ObserveReport, translated
+from .rows import Stored
 from .stages import chat_format
-from .store import Stored
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -26,7 +26,7 @@ from .generations import Generation, Manifest
 from .learner import Learner, translated
 from .lock import night_lock
 from .night import AdaptReport
-from .store import ROLES, Stored
+from .rows import ROLES, Stored
 
 
 @dataclass

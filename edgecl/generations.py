@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 from edgecl_convert import ConvertError, fsync_folder, write_atomic
 
 from .errors import GenerationError
+
+_TYPES = {"int": int, "str": str, "dict[str, str]": dict, "list[int]": list}  # of a manifest's fields, as they are written
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,26 @@ def unpublished(folder: Path, model: Path, adapter: Path | None, identity: str =
     return Generation(manifest, folder, f"draft {identity or folder.name} {model.name}", model, adapter)
 
 
+def check_files(generation: Generation, *more: str) -> None:
+    """Check that the file that a generation serves, and `more` of its files, are those that were published.
+
+    The base has `check_base`, and a draft has no manifest yet: they pass.
+
+    Raises:
+        GenerationError: a file is gone, or its bytes changed.
+    """
+    if generation.number < 1:
+        return
+    for name in dict.fromkeys(((generation.adapter or generation.model).name, *more)):
+        path = generation.folder / name
+        try:
+            got = sha256_file(path)
+        except OSError as error:
+            raise GenerationError(f"{path} is gone ({error.strerror}); restore it, or `edgecl rollback N`") from None
+        if got != generation.manifest.files.get(name):
+            raise GenerationError(f"{path} was changed since it was published; restore it, or `edgecl rollback N`")
+
+
 class Generations:
     """The generations of one home."""
 
@@ -129,12 +151,13 @@ class Generations:
         folder = self.folder / f"{number:04d}"
         try:
             data = (folder / "manifest.json").read_bytes()
-            manifest = Manifest(**json.loads(data))
+            manifest = _parsed(data)
         except OSError:
             known = ", ".join(map(str, self.numbers())) or "none"
             raise GenerationError(f"there is no generation {number} in {self.home}; there are: {known}") from None
         except (ValueError, TypeError) as error:
-            raise GenerationError(f"{folder}/manifest.json is damaged: {error}; roll back to another") from None
+            then = "roll back to another" if number else "restore it, or `edgecl init` a new home"
+            raise GenerationError(f"{folder}/manifest.json is damaged: {error}; {then}") from None
         digest = hashlib.sha256(data).hexdigest()
         base = manifest if number == 0 else self.load(0).manifest
         if manifest.number != number or manifest.base_sha256 != base.base_sha256:
@@ -158,22 +181,30 @@ class Generations:
         try:
             target = os.readlink(self.link)
         except OSError:
-            raise GenerationError(f"{self.home} serves no generation; run `edgecl init MODEL`") from None
+            known = ", ".join(map(str, self.numbers()))
+            then = f"run `edgecl rollback N`, there are: {known}" if known else "run `edgecl init MODEL`"
+            raise GenerationError(f"{self.home} serves no generation; {then}") from None
         name = Path(target).name
-        if Path(target).parent.name != "generations" or not name.isdecimal():
+        if Path(target).parent != Path("generations") or not name.isdecimal():
             raise GenerationError(f"{self.link} points to {target}, not to a generation; run `edgecl rollback N`")
         return self.load(int(name))
 
-    def check_base(self, full: bool) -> None:
+    def check_base(self, full: bool, base: str = "") -> None:
         """Check that the base is the file that it was at `init`.
 
         Args:
             full: hash all of it; otherwise only when its size or time stamp changed.
+            base: the path that edgecl.toml names.
 
         Raises:
-            GenerationError: it is gone, or its bytes changed.
+            GenerationError: it is gone, its bytes changed, or edgecl.toml names another.
         """
         manifest = self.load(0).manifest
+        if base and base != manifest.model:
+            raise GenerationError(
+                f"{self.home}/edgecl.toml names the base {base}, it was {manifest.model} at init; "
+                "put that back, or `edgecl init` a new home"
+            )
         path = Path(manifest.model)
         try:
             stat = path.stat()
@@ -199,7 +230,7 @@ class Generations:
         self.point(0)
 
     def draft(self) -> Path:
-        """Return a new hidden folder to build a generation in; drafts of nights that died are removed."""
+        """Return a new hidden folder to build a generation in; drafts and half files of nights that died are removed."""
         self.clear_drafts()
         folder = self.folder / f".draft-{os.getpid()}"
         folder.mkdir(mode=0o700)
@@ -207,6 +238,8 @@ class Generations:
 
     def clear_drafts(self) -> None:
         """Remove what nights that died, or were refused, left of their generation."""
+        for half in (*self.home.glob(".current-*"), *self.home.glob("runs/.*.tmp")):
+            half.unlink(missing_ok=True)
         for old in self.folder.glob(".draft-*"):
             shutil.rmtree(old, ignore_errors=True)
 
@@ -271,6 +304,19 @@ class Generations:
         numbers = self.numbers()
         serves = self.link.is_symlink() and Path(os.readlink(self.link)).name == f"{number:04d}"
         return serves or number in numbers[max(0, len(numbers) - keep) :]
+
+
+def _parsed(data: bytes) -> Manifest:
+    """Return a manifest; ValueError or TypeError where a value is of another type, or names a file outside of the folder."""
+    manifest = Manifest(**json.loads(data))
+    for part in fields(manifest):
+        if not isinstance(getattr(manifest, part.name), _TYPES[str(part.type)]):
+            raise TypeError(f"{part.name} is not of the type {part.type}")
+    if not all(isinstance(row_id, int) for row_id in (*manifest.learned, *manifest.kept)):
+        raise TypeError("learned and kept must be ids of rows")
+    if manifest.number and ("/" in manifest.model or manifest.model == ".."):  # it is served, and deleted when it is old
+        raise ValueError(f"model must be a file's name, got {manifest.model!r}")
+    return manifest
 
 
 def _json(manifest: Manifest) -> str:

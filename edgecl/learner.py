@@ -22,14 +22,15 @@ from edgecl_convert.names import check_architecture
 from .child import Limits, Progress, run_stage
 from .data import Example, parse_lines
 from .errors import EdgeclError, GenerationError, NothingToLearn, SettingError
-from .generations import Generation, Generations, Manifest, now, sha256_file
+from .generations import Generation, Generations, Manifest, check_files, now, sha256_file
 from .lock import night_lock
 from .measure import Meter, by_task
 from .night import AdaptReport, Night
 from .places import default_home, find_model
 from .profile import PRECISIONS, Settings, load_profile, served_at
 from .redact import redact
-from .store import Added, Store
+from .rows import Added
+from .store import Store
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -230,11 +231,12 @@ class Learner:
         from .engine import Engine
 
         serving = generation or self.generations.current()
+        if self._engine is None or self._serving != serving.hash:
+            self.generations.check_base(full=False, base=self.settings.base)
+            check_files(serving)
         if self._engine is None:
-            self.generations.check_base(full=False)
             self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
         elif self._serving != serving.hash:
-            self.generations.check_base(full=False)
             self._serving = ""  # a switch that fails leaves the engine closed: the next turn must switch again
             self._engine.switch(serving.model, serving.adapter)
         self._serving = serving.hash
@@ -248,15 +250,16 @@ class Learner:
             NotNow: a night is running.
         """
         with night_lock(self.home):
-            current = self.generations.current()
             if number is None:
-                parents = [n for n in self.generations.numbers() if self.generations.hash_of(n) == current.manifest.parent]
+                parent = self.generations.current().manifest.parent
+                parents = [n for n in self.generations.numbers() if self.generations.hash_of(n) == parent]
                 if not parents:
                     raise GenerationError("the base itself serves; there is nothing to roll back to")
                 number = parents[0]
             target = self.generations.load(number)
             if not target.model.is_file():
                 raise GenerationError(f"generation {number} keeps its adapter but no model file; roll back to another")
+            check_files(target)
             self.generations.point(number)
             return target
 
@@ -288,7 +291,7 @@ class Learner:
             EdgeclError: no such generation, or a child failed.
         """
         generation = self.generations.current() if number is None else self.generations.load(number)
-        self.generations.check_base(full=False)
+        self.generations.check_base(full=False, base=self.settings.base)
         rows = [row.example for row in self.store.rows("heldout")]
         measured = {row.task for row in rows}
         rows += [row.example for row in self.store.rows("replay") if row.example.task not in measured]
@@ -348,11 +351,12 @@ class Learner:
             raise SettingError(f"gate must be one of {', '.join(GATES)}; got {gate}")
         with night_lock(self.home), self._turns.night(stop) as stop, translated():
             self.finish_last_night()
+            check_files(self.generations.current(), "adapter.gguf")
             new = self.store.rows("pending", task)
             if not new:
                 what = f"no pending example of task {task}" if task else "no pending example"
                 raise NothingToLearn(f"nothing to learn: {what}; `edgecl observe FILE.jsonl` adds some")
-            self.generations.check_base(full=True)
+            self.generations.check_base(full=True, base=self.settings.base)
             minutes = self.profile.minutes if minutes is None else minutes
             limits = replace(self.limits(minutes, ram_bytes), nice=self.profile.nice, stop=stop)
             meter = self.meter(progress, limits)
@@ -364,7 +368,8 @@ class Learner:
     def finish_last_night(self) -> None:
         """Move what the newest published generation learned out of `pending`: a killed night may not have come so far."""
         manifest = self.generations.current().manifest
-        self.store.settle(manifest.learned, manifest.kept, manifest.number, self.settings.replay.archive)
+        learned = self.store.claimed(manifest.number).intersection(manifest.learned)
+        self.store.settle(learned, manifest.kept, manifest.number, self.settings.replay.archive)
 
     def _engine_options(self) -> dict[str, Any]:
         p = self.profile

@@ -10,8 +10,9 @@ import numpy as np
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .generations import Generation
-from .store import Scored, Store
+from .generations import Generation, check_files
+from .rows import Scored
+from .store import Store
 
 PROSE = "prose"  # the row name under which the windows of unrelated prose are remembered
 
@@ -77,6 +78,7 @@ class Meter:
         return known, known[PROSE].loss_nats
 
     def _run(self, generation: Generation, rows: list[Example], prose: bool) -> list[Scored]:
+        check_files(generation)
         rows = sorted(rows, key=lambda row: row.messages)  # rows that begin alike share more of their prefix
         request = {
             "base": str(self._base),

@@ -27,14 +27,15 @@ from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .errors import Diverged, EdgeclError, NotNow, StageError
+from .errors import Diverged, EdgeclError, GenerationError, NotNow, StageError
 from .gate import TaskResult, judge
-from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
+from .generations import Generation, Generations, Manifest, check_files, now, sha256_file, unpublished
 from .measure import Meter, mean_loss, record_of
 from .metrics import survival
 from .profile import Profile, Settings
 from .replay import choose, quota
-from .store import Store, Stored
+from .rows import Stored
+from .store import Store
 
 MIN_WRITTEN = 64  # rows for a small night
 WRITTEN_A_ROW = 5 / 3  # rows for each new one of a larger night, up to replay.written; on a first night, one
@@ -107,6 +108,7 @@ class Night:
     compare: Sequence[str] = ()
     progress: Progress | None = None
     report: AdaptReport = field(default_factory=AdaptReport)
+    _whole: dict[Path, bool] = field(default_factory=dict)
 
     def run(self, new: list[Stored]) -> AdaptReport:
         """Learn pending rows.
@@ -256,10 +258,18 @@ class Night:
         return replace(found, model=Path(self.settings.base), adapter=found.folder / "adapter.gguf" if found.number else None)
 
     def _adapter_of(self, row: Stored, writer: Generation, silent: set[int]) -> Path | None:
-        """Return the adapter of the generation that learned a row; the writer's, where that is gone, silent or rolled back."""
+        """Return the adapter of the generation that learned a row; the writer's, where it is none that may teach."""
         number = row.generation or 0
         own = [self.generations.folder / f"{number:04d}"] if number <= writer.number and number not in silent else []
-        return next((path for folder in (*own, writer.folder) if (path := folder / "adapter.gguf").is_file()), None)
+        return next((path for folder in (*own, writer.folder) if self._is_whole(path := folder / "adapter.gguf")), None)
+
+    def _is_whole(self, adapter: Path) -> bool:
+        """Return whether an adapter is the one that was published; looked at once a night."""
+        if adapter not in self._whole:
+            with contextlib.suppress(GenerationError):
+                check_files(replace(self.generations.load(int(adapter.parent.name)), adapter=adapter))
+                self._whole[adapter] = adapter.is_file()  # generation 0 has none
+        return self._whole.setdefault(adapter, False)
 
     def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)
@@ -343,6 +353,7 @@ class Night:
             learned=[row.id for row in new],
             kept=kept,
         )
+        self.store.claim(manifest.learned, number)
         published = self.generations.publish(draft, manifest)
         self.store.rename_scores(tonight.hash, published.hash)
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)

@@ -19,8 +19,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,50 +29,9 @@ from sqlite_utils import Database
 from .data import Example
 from .errors import DataError, StoreError
 from .migrations import migrations
+from .rows import ROLES, Added, Scored, Stored, columns_of, heldout_quota, stored_from
 
-ROLES = ("pending", "replay", "heldout", "archive")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A row of the store.
-
-    Attributes:
-        generation: the one that learned it; None of rows that were not learned.
-    """
-
-    id: int
-    role: str
-    example: Example
-    generation: int | None = None
-
-
-@dataclass
-class Added:
-    """What `Store.add` did with its examples; `heldout` of the added ones are for measuring."""
-
-    added: int = 0
-    duplicates: int = 0
-    replaced: int = 0
-    heldout: int = 0
-
-
-@dataclass(frozen=True)
-class Scored:
-    """How a generation did on a row."""
-
-    hash: str
-    task: str
-    correct: bool
-    loss_nats: float
-    n_tokens: int
-
-
-def heldout_quota(n_rows: int, share: float) -> int:
-    """Return how many of a task's rows are held out: none below 20, at least 20 from 200 on, else the share."""
-    if n_rows < 20 or share <= 0:
-        return 0
-    return max(round(share * n_rows), 20 if n_rows >= 200 else 1)
+_LEARNING = "role in ('pending', 'heldout')"  # a row of a night may be held out while the night learns it
 
 
 class Store:
@@ -159,20 +117,7 @@ class Store:
         if is_asked:
             report.replaced += 1
             table.delete_where("prompt_hash = ?", [example.prompt_hash])
-        table.insert(
-            {
-                "role": "pending",
-                "task": example.task,
-                "messages": json.dumps(example.messages, ensure_ascii=False),
-                "final": example.final,
-                "program": json.dumps(example.program) if example.program else None,
-                "last_only": int(example.last_only),
-                "source": example.source,
-                "hash": example.hash,
-                "prompt_hash": example.prompt_hash,
-                "created": now,
-            }
-        )
+        table.insert(columns_of(example) | {"role": "pending", "created": now})
 
     def _hold_out(self, task: str, share: float) -> int:
         """Move pending rows of a task to heldout until its quota is met; which ones is decided by their hash."""
@@ -194,7 +139,7 @@ class Store:
         if task is not None:
             where, arguments = where + " and task = ?", [role, task]
         with self._reading():
-            return [_stored(row) for row in self._db.table("examples").rows_where(where, arguments, order_by="id")]
+            return [stored_from(row) for row in self._db.table("examples").rows_where(where, arguments, order_by="id")]
 
     def find(self, prompt_hash: str) -> dict[str, Any] | None:
         """Return the row of a prompt as the table has it, whatever its role: what `take_back` puts back."""
@@ -216,7 +161,7 @@ class Store:
             if found and before:
                 table.insert(before)
         self._empty_log()
-        return _stored(found[0]) if found else None
+        return stored_from(found[0]) if found else None
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the number of rows by task and role."""
@@ -225,6 +170,22 @@ class Store:
             for task, role, n in self._db.execute("select task, role, count(*) from examples group by 1, 2 order by 1, 2"):
                 out.setdefault(task, dict.fromkeys(ROLES, 0))[role] = n
         return out
+
+    def claim(self, learned: Collection[int], generation: int) -> None:
+        """Write down, before a generation is published, which rows it has learned.
+
+        Only what was claimed may leave `pending` after a crash: in a store that was restored or begun anew, the ids of a
+        manifest are those of other rows.
+        """
+        with self._transaction():
+            for row_id in learned:
+                self._db.execute(f"update examples set generation = ? where id = ? and {_LEARNING}", [generation, row_id])
+
+    def claimed(self, generation: int) -> set[int]:
+        """Return the ids of rows that a generation has claimed and that are not settled yet."""
+        with self._reading():
+            found = self._db.execute(f"select id from examples where {_LEARNING} and generation = ?", [generation])
+            return {int(row_id) for (row_id,) in found}
 
     def settle(self, learned: Collection[int], keep: Collection[int], generation: int, archive: bool) -> None:
         """After a published night: learned rows become replay (those in `keep`), archive, or are deleted; all or none.
@@ -236,10 +197,10 @@ class Store:
             for row_id in learned:
                 role = "replay" if row_id in keep else "archive" if archive else None
                 if role is None:
-                    self._db.execute("delete from examples where id = ? and role in ('pending', 'heldout')", [row_id])
+                    self._db.execute(f"delete from examples where id = ? and {_LEARNING}", [row_id])
                 else:
                     self._db.execute(
-                        "update examples set role = ?, generation = ? where id = ? and role in ('pending', 'heldout')",
+                        f"update examples set role = ?, generation = ? where id = ? and {_LEARNING}",
                         [role, generation, row_id],
                     )
         self._empty_log()
@@ -375,8 +336,13 @@ class Store:
             with self._db.conn:  # commits, or rolls back
                 yield
 
-    def _reading(self) -> AbstractContextManager[None]:
-        return self._translated("cannot be read", "restore it or move it away")
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._translated("cannot be read", "restore it or move it away"):
+            try:
+                yield
+            except (ValueError, TypeError) as error:  # what a damaged row holds is no JSON, or other JSON
+                raise StoreError(f"{self.path}: a row is damaged: {error}; restore it or move it away") from None
 
     @contextmanager
     def _translated(self, what: str, then: str) -> Iterator[None]:
@@ -387,16 +353,9 @@ class Store:
                     raise StoreError(f"{self.path}: is closed; open it again")
                 yield
         except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {what}: {error}; {then}") from None
+            reason = str(error).split("\n")[0]  # a damaged schema is quoted whole
+            raise StoreError(f"{self.path}: {what}: {reason}; {then}") from None
+        except UnicodeDecodeError:  # SQLite quotes what it cannot read
+            raise StoreError(f"{self.path}: {what}: its schema is damaged; {then}") from None
         except UnicodeEncodeError:
             raise DataError("a text has half a character (a lone surrogate); nothing was stored") from None
-
-
-def _example(row: dict[str, Any]) -> Example:
-    messages = tuple((role, content) for role, content in json.loads(row["messages"]))
-    program = tuple(json.loads(row["program"])) if row["program"] else None
-    return Example(messages, row["task"], row["source"] or "", row["final"], program, bool(row["last_only"]))
-
-
-def _stored(row: dict[str, Any]) -> Stored:
-    return Stored(row["id"], row["role"], _example(row), row["generation"])

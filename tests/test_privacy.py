@@ -31,7 +31,8 @@ from edgecl.gate import GateSettings
 from edgecl.generations import now, sha256_file
 from edgecl.night import Night
 from edgecl.profile import ReplaySettings, TrainSettings
-from edgecl.store import ROLES, Store
+from edgecl.rows import ROLES
+from edgecl.store import Store
 from tests import tiny
 
 TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=3, depth=0.5, learning_rate=0.02, anchor_weight=0.0)

@@ -13,7 +13,8 @@ from sqlite_utils import Database
 from edgecl.data import Example
 from edgecl.errors import DataError, StoreError
 from edgecl.migrations import migrations
-from edgecl.store import Added, Scored, Store, heldout_quota
+from edgecl.rows import Added, Scored, heldout_quota
+from edgecl.store import Store
 
 STEPS = [step.name for step in migrations.pending(Database(memory=True))]
 

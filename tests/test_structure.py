@@ -35,6 +35,7 @@ LAYERS = (
         "turns",
         "places",
         "imports",
+        "rows",
     },
     {"train", "engine", "store", "generations", "device", "timer"},
     {

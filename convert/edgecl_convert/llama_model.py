@@ -105,7 +105,7 @@ class LlamaModel:
         self.path, self._api = Path(path), llama_cpp
         self._listening = ExitStack()
         self._complaints = self._listening.enter_context(_heard(llama_cpp))
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), load_params(vocab_only))
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), load_params(vocab_only))
         if not self._model:
             self.close()
             raise ConvertError(f"{path}: llama.cpp could not load this model{self._why()}")

@@ -15,6 +15,7 @@ from edgecl_convert import ConvertError
 
 from ..errors import EdgeclError
 from . import chat, day, export, models, night, nightly, privacy, probe, schedule, streams, verify
+from .output import safe
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,12 +45,13 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (EdgeclError, ConvertError) as error:
-        click.echo(f"edgecl: {error}", err=True)
+        click.echo(safe(f"edgecl: {error}"), err=True)
         code = getattr(error, "exit_code", 1)
     except BrokenPipeError:
         code = 0  # the reader of our output has left
         sys.stdout = None
     except OSError as error:
-        click.echo(f"edgecl: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        where = f": {error.filename}" if error.filename else ""
+        click.echo(safe(f"edgecl: {error.strerror or error}{where}"), err=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)

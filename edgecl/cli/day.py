@@ -38,9 +38,10 @@ def init(
     if as_json:
         print_json(status)
         return
-    click.echo(f"{status['home']} is ready: it serves {Path(status['base']).name}, and will serve {status['quant']}")
-    why = "" if profile else f", proposed for this machine ({safe(machine)}); --profile chooses another"
-    click.echo(f"its profile is {safe(name)}{why}")
+    base = Path(status["base"]).name
+    click.echo(safe(f"{status['home']} is ready: it serves {base}, and will serve {status['quant']}"))
+    why = "" if profile else f", proposed for this machine ({machine}); --profile chooses another"
+    click.echo(safe(f"its profile is {name}{why}"))
 
 
 @click.command()
@@ -120,8 +121,8 @@ def status(home: Path | None, as_json: bool) -> None:
 def print_status(facts: dict[str, Any]) -> None:
     """Print what `Learner.status` found as a person reads it."""
     out = console()
-    out.print(f"home        {facts['home']}")
-    out.print(f"serves      generation {facts['generation']} ({facts['served']}), quant {facts['quant']}")
+    out.print(f"home        {safe(facts['home'])}")
+    out.print(f"serves      generation {facts['generation']} ({safe(facts['served'])}), quant {facts['quant']}")
     out.print(f"on disk     generations {', '.join(map(str, facts['generations']))}")
     last = facts["last_night"]
     if last:

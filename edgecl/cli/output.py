@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 F = TypeVar("F", bound=Callable[..., Any])
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates: of a path that is not UTF-8
 
 
 def json_option(function: F) -> F:
@@ -23,13 +23,14 @@ def json_option(function: F) -> F:
 
 
 def console() -> Console:
-    """Return stdout as rich sees it: no colour where it is not a terminal or NO_COLOR is set."""
-    return Console(highlight=False, soft_wrap=True)
+    """Return stdout as rich sees it: no colour where it is not a terminal or NO_COLOR is set; brackets in a text are text."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout; numbers that JSON does not have become null."""
-    click.echo(json.dumps(_finite(value), ensure_ascii=False))
+    """Print one JSON object on stdout; numbers that JSON does not have become null, control codes are escaped."""
+    text = json.dumps(_finite(value), ensure_ascii=False)
+    click.echo(_CONTROL.sub(lambda code: f"\\u{ord(code[0]):04x}", text))
 
 
 def _finite(value: Any) -> Any:
@@ -58,7 +59,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int, str], None] | None]:
         yield None
         return
     columns = (TextColumn("{task.description:<8}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=target, transient=True) as bars:
+    text_column = TextColumn("{task.fields[text]}", markup=False)
+    with Progress(*columns, TimeElapsedColumn(), text_column, console=target, transient=True) as bars:
         current: list[tuple[str, TaskID]] = []
 
         def update(stage: str, done: int, total: int, text: str) -> None:

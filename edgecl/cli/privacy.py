@@ -11,7 +11,7 @@ import click
 
 from ..forget import Rebuild, find, forget, plan, retrain
 from ..learner import Learner
-from ..store import Stored
+from ..rows import Stored
 from .night import REFUSED, print_report
 from .output import json_option, print_json, progress_bar, safe
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def load_model(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> A
     check_sound(path)
     params = load_params(vocab_only, n_gpu_layers)
     del _log[:]
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise EngineError(f"{path}: llama.cpp could not load this model{why()}")
     return model

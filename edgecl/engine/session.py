@@ -122,7 +122,7 @@ class Engine:
         self._free_adapter()
         if adapter:
             check_sound(Path(adapter))
-            self._lora = llama_cpp.llama_adapter_lora_init(self._model, str(adapter).encode())
+            self._lora = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(adapter))
             if not self._lora:
                 raise EngineError(f"{adapter}: llama.cpp could not load this adapter{why()}")
             handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._lora)

@@ -1,0 +1,81 @@
+"""What a row of the store is, in Python and as columns of a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .data import Example
+
+ROLES = ("pending", "replay", "heldout", "archive")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A row of the store.
+
+    Attributes:
+        generation: the one that learned it; None of rows that were not learned.
+    """
+
+    id: int
+    role: str
+    example: Example
+    generation: int | None = None
+
+
+@dataclass
+class Added:
+    """What `Store.add` did with its examples; `heldout` of the added ones are for measuring."""
+
+    added: int = 0
+    duplicates: int = 0
+    replaced: int = 0
+    heldout: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How a generation did on a row."""
+
+    hash: str
+    task: str
+    correct: bool
+    loss_nats: float
+    n_tokens: int
+
+
+def heldout_quota(n_rows: int, share: float) -> int:
+    """Return how many of a task's rows are held out: none below 20, at least 20 from 200 on, else the share."""
+    if n_rows < 20 or share <= 0:
+        return 0
+    return max(round(share * n_rows), 20 if n_rows >= 200 else 1)
+
+
+def columns_of(example: Example) -> dict[str, Any]:
+    """Return an example as columns of the table `examples`."""
+    return {
+        "task": example.task,
+        "messages": json.dumps(example.messages, ensure_ascii=False),
+        "final": example.final,
+        "program": json.dumps(example.program) if example.program else None,
+        "last_only": int(example.last_only),
+        "source": example.source,
+        "hash": example.hash,
+        "prompt_hash": example.prompt_hash,
+    }
+
+
+def _example(row: dict[str, Any]) -> Example:
+    messages = tuple((role, content) for role, content in json.loads(row["messages"]))
+    program = tuple(json.loads(row["program"])) if row["program"] else None
+    example = Example(messages, row["task"], row["source"] or "", row["final"], program, bool(row["last_only"]))
+    if example.hash != row["hash"]:
+        raise ValueError(f"example {row['id']} is not the one that was stored")
+    return example
+
+
+def stored_from(row: dict[str, Any]) -> Stored:
+    """Return a row of the table; ValueError or TypeError where it is not as it was stored."""
+    return Stored(row["id"], row["role"], _example(row), row["generation"])
