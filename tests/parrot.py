@@ -7,7 +7,7 @@ import torch
 from tiny import BYTES, END, TOKENS, Tiny, torch_model, write_model
 
 from edgecl import Learner
-from edgecl.generations import Generation, Generations, Manifest, now
+from edgecl.generations import Generation, Generations, Manifest, now, sha256_file
 
 SHAPE = Tiny(width=256, n_layer=1)
 
@@ -51,4 +51,7 @@ def publish_parrot(home: Path, answer: str) -> Generation:
     scratch = write_parrot(home / "scratch.gguf", answer)
     shutil.move(scratch, draft / "model.gguf")
     number = generations.next_number()
-    return generations.publish(draft, Manifest(number, before.hash, before.manifest.base_sha256, "model.gguf", now()))
+    files = {"model.gguf": sha256_file(draft / "model.gguf")}
+    return generations.publish(
+        draft, Manifest(number, before.hash, before.manifest.base_sha256, "model.gguf", now(), files=files)
+    )

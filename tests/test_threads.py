@@ -19,7 +19,7 @@ import pytest
 from edgecl import EdgeclError, Learner
 from edgecl.errors import NotNow, StoreError
 from edgecl.gate import GateSettings
-from edgecl.generations import Manifest, now
+from edgecl.generations import Manifest, now, sha256_file
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.store import Store
 from tests import tiny
@@ -60,7 +60,8 @@ def publish_other(learner: Learner, folder: Path) -> None:
     model, draft, parent = tiny.build(folder / "other.gguf", seed=7)[0], generations.draft(), generations.current()
     shutil.move(model, draft / "model.gguf")
     number = generations.next_number()
-    generations.publish(draft, Manifest(number, parent.hash, parent.manifest.base_sha256, "model.gguf", now()))
+    files = {"model.gguf": sha256_file(draft / "model.gguf")}
+    generations.publish(draft, Manifest(number, parent.hash, parent.manifest.base_sha256, "model.gguf", now(), files=files))
 
 
 def waits(job: Future[Any]) -> bool:
