@@ -22,7 +22,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from .data import Example, parse_example
 from .errors import DataError
@@ -133,7 +132,7 @@ def _chat(turns: Iterable[Turn], left_out: Counter[str]) -> list[tuple[str, str]
 def _llm_log(path: Path) -> list[list[Turn]]:
     """Return the conversations of a log, in the order in which they began; one in both generations of tables once."""
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             db.text_factory = lambda data: data.decode("utf-8", "replace")
             tables = {name for (name,) in db.execute("select name from sqlite_master where type = 'table'")}
             has = {name: parts <= tables for name, parts in LLM_TABLES.items()}
