@@ -163,7 +163,7 @@ def test_a_damaged_adapter_of_an_earlier_night_teaches_nothing(home: Path) -> No
 
         def teacher() -> Path | None:
             parts = learner.settings, learner.profile, learner.store, generations, learner.meter(), learner.limits()
-            return Night(*parts, minutes=1.0)._adapter_of(row, second)
+            return Night(*parts, minutes=1.0)._adapter_of(row, second, silent=set())
 
         assert teacher() == first.folder / "adapter.gguf"
         flip_last_bit(first.folder / "adapter.gguf")
