@@ -8,6 +8,7 @@ that answer, as the model saw it; only that answer is learned: what else the mod
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -197,7 +198,7 @@ class Chat:
         """Store the chat up to the last message with the right answer, which also takes the place of the model's.
 
         Raises:
-            DataError: there is no turn yet, or the answer is empty.
+            DataError: there is no turn yet, or the answer is empty, or nothing of it is left when it is redacted.
             StoreError: the database failed; nothing was stored, and the model's answer stays.
         """
         return self._keep(self._last(), answer.strip())
@@ -211,10 +212,11 @@ class Chat:
         messages = [*_messages(self.turns[self.n_left_out : -1]), ("user", turn.asked), ("assistant", answer)]
         record = {"messages": [{"role": role, "content": content} for role, content in messages]}
         example = replace(parse_example(record, self.task, "chat"), last_only=True)
-        before = self.learner.store.find(example.prompt_hash)
+        stored = self.learner.redacted(example, Counter())  # which is what can be found again
+        before = self.learner.store.find(stored.prompt_hash)
         report = self.learner.observe([example])
         if report.added or answer != turn.answer:
-            self._kept.append(_Kept(example, before, bool(report.added), turn, turn.answer, turn.is_whole))
+            self._kept.append(_Kept(stored, before, bool(report.added), turn, turn.answer, turn.is_whole))
         turn.answer, turn.is_whole = answer, True
         return report
 

@@ -191,10 +191,17 @@ class Learner:
             StoreError: the database failed; nothing was stored.
         """
         counts: Counter[str] = Counter()
-        clean = partial(redact, counts=counts) if self.settings.privacy.redact else lambda example: example
-        good, bad = parse_lines(examples, task, source, clean)
+        good, bad = parse_lines(examples, task, source, partial(self.redacted, counts=counts))
         added = self.store.add(good, self.settings.replay.heldout, replace)
         return ObserveReport(**asdict(added), bad=bad, redacted=dict(counts))
+
+    def redacted(self, example: Example, counts: Counter[str]) -> Example:
+        """Return an example as `observe` stores it, where privacy.redact is on with placeholders, whose kinds are counted.
+
+        Raises:
+            DataError: nothing but placeholders is left of the answer.
+        """
+        return redact(example, counts) if self.settings.privacy.redact else example
 
     def ask(self, prompt: str | Sequence[tuple[str, str]], max_tokens: int = 256) -> str:
         """Return the greedy answer of the serving generation to a prompt, or to a chat of (role, content).

@@ -35,7 +35,7 @@ from .metrics import (
     stream_intervals,
 )
 from .places import find_model
-from .profile import ReplaySettings, TrainSettings
+from .profile import PrivacySettings, ReplaySettings, TrainSettings
 from .replay import choose, quota
 
 
@@ -233,6 +233,7 @@ class _Run:
                 precision=self.first.precision,
                 replay=ReplaySettings(share=1.0, written=self.first.written),
                 train=self.train,
+                privacy=PrivacySettings(redact=False),  # what is measured is what the data set says
                 keep_models=1,
             ) as learner:
                 base = self._rows(learner, self._merged(learner, "", self.first.quant), self.stream.tasks)

@@ -190,6 +190,21 @@ def test_a_correction_takes_the_answers_place_in_the_chat_and_undo_gives_it_back
         chat.undo()
 
 
+def test_what_is_redacted_is_found_again_to_be_taken_back(learner: Learner) -> None:
+    chat = Chat(learner)
+    say(chat, "who is jo@example.com?")
+    report = chat.correct("the one of +49 170 1234567, from next door")
+    assert report.added == 1 and report.redacted == {"e-mail": 1, "phone": 1}
+    (row,) = learner.store.rows("pending")
+    assert row.example.messages == (("user", "who is [e-mail]?"), ("assistant", "the one of [phone], from next door"))
+    assert chat.correct("a neighbour").replaced == 1
+    assert chat.undo().is_put_back and rows(learner) == [("pending", "the one of [phone], from next door")]
+    assert chat.undo().row is not None and rows(learner) == []
+    with pytest.raises(DataError, match="nothing is left to learn"):
+        chat.correct("jo@example.com")
+    assert rows(learner) == [] and chat.turns[0].answer == ANSWER
+
+
 @pytest.mark.parametrize("role", ["pending", "replay", "heldout", "archive"])
 def test_undo_puts_back_the_row_that_was_replaced_as_it_was(learner: Learner, role: str) -> None:
     old = Example((("user", "one"), ("assistant", "an older answer")), "garden", "notes.jsonl", final="7", program=("a", "b"))

@@ -19,7 +19,7 @@ from ..data import DEFAULT_TASK
 from ..errors import DataError, EdgeclError
 from ..learner import Learner, ObserveReport
 from .day import print_status
-from .output import json_option, print_json, safe
+from .output import json_option, print_json, redaction, safe
 
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
 PASTE_GAP_S = 0.05  # lines of a paste come closer together than this, and typed ones do not
@@ -200,6 +200,8 @@ class _Conversation:
         self._kept(self._chat.correct(text))
 
     def _kept(self, report: ObserveReport) -> None:
+        if report.redacted:
+            _note(redaction(report.redacted))
         if not report.added:
             _note("known already")
         else:

@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..imports import read_history
 from ..learner import Learner
 from ..profile import PRECISIONS
-from .output import console, json_option, print_json, safe
+from .output import console, json_option, print_json, redaction, safe
 
 
 @click.command()
@@ -78,8 +78,7 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
             f"{report.replaced} replaced an older answer), {report.duplicates} known already, {len(report.bad)} bad"
         )
         if report.redacted:
-            found = ", ".join(f"{n} [{kind}]" for kind, n in report.redacted.items())
-            click.echo(f"redacted before storing: {found} (privacy.redact in edgecl.toml)")
+            click.echo(redaction(report.redacted))
         if history:
             left_out = ", ".join(f"{what} ({n})" for what, n in sorted(history.left_out.items())) or "nothing"
             click.echo(f"read {history.n_conversations} conversations; left out: {left_out}")

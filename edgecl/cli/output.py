@@ -71,3 +71,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int, str], None] | None]:
             bars.update(current[-1][1], completed=done, total=total, text=safe(text)[:30])
 
         yield update
+
+
+def redaction(counts: dict[str, int]) -> str:
+    """Return in words what was redacted, by kind."""
+    found = ", ".join(f"{n} [{kind}]" for kind, n in counts.items())
+    return f"redacted before storing: {found} (privacy.redact in edgecl.toml)"
