@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgecl_convert import GgufFile, resolve_quant, write_atomic
+from edgecl_convert import GgufFile, write_atomic
 
-from .child import Progress, run_stage
+from .child import Progress
 from .errors import GenerationError, SettingError
 from .generations import Generation, sha256_file
 from .learner import Learner, translated
 from .modelfile import go_template, write_modelfile
+from .rebuild import rebuild
 
 FORMS = ("gguf", "peft", "ollama")
 MODEL = "model.gguf"
@@ -112,18 +113,9 @@ def _gguf(learner: Learner, generation: Generation, out: Path, progress: Progres
         _copy(generation.model, out, wanted)
         return []
     learner.generations.check_base(full=True)
-    adapter = generation.folder / "adapter.gguf"
-    if not adapter.is_file():
-        raise GenerationError(f"{adapter} is gone; run `edgecl verify`")
-    _check(adapter, adapter, manifest.files.get(adapter.name, ""))
-    quant = manifest.model.removeprefix("model-").removesuffix(".gguf") or "F16"  # of an unmerged one: keeps all of the night
-    with GgufFile(learner.settings.base) as base:
-        qtype = resolve_quant(quant, base, learned=True)
-    request = {"base": learner.settings.base, "adapter": str(adapter), "out": str(out), "quant": qtype}
-    run_stage("merge", request, learner.limits(), progress)
+    same = rebuild(generation, learner.settings.base, out, learner.limits(), progress)
     if not manifest.model:
         return [f"generation {generation.number} serves base + adapter; they were merged at F16, which keeps all of the night"]
-    same = sha256_file(out) == manifest.files.get(manifest.model)
     what = "bit for bit the file that was served" if same else "not bit for bit the file that was served: edgecl has changed"
     return [f"{manifest.model} was dropped to save space and has been rebuilt: {what}"]
 

@@ -17,15 +17,14 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from edgecl_convert import GgufFile, resolve_quant
-
-from .child import Progress, run_stage
+from .child import Progress
 from .data import Example
 from .errors import DataError, GenerationError, NothingToLearn
-from .generations import Generation, Manifest
+from .generations import Manifest
 from .learner import Learner, translated
 from .lock import night_lock
 from .night import AdaptReport
+from .rebuild import restore
 from .rows import ROLES, Stored
 
 
@@ -123,7 +122,8 @@ def retrain(learner: Learner, progress: Progress | None = None) -> Rebuild:
         rebuild = plan(learner)
         if rebuild is None:
             raise NothingToLearn("no generation learned from a forgotten row; there is nothing to rebuild")
-        _restore_model(learner, learner.generations.load(rebuild.start), progress)
+        with translated():
+            restore(learner.generations.load(rebuild.start), learner.settings.base, learner.limits(), progress)
         learner.store.learn_again(rebuild.deleted)
         learner.generations.point(rebuild.start)
     try:
@@ -133,18 +133,6 @@ def retrain(learner: Learner, progress: Progress | None = None) -> Rebuild:
         for number in rebuild.deleted:
             learner.generations.delete(number)
     return rebuild
-
-
-def _restore_model(learner: Learner, generation: Generation, progress: Progress | None) -> None:
-    """Write the merged model of an older generation again, where it was deleted to save space."""
-    if not generation.number or generation.model.is_file():
-        return
-    base = learner.settings.base
-    with translated(), GgufFile(base) as gguf:
-        qtype = resolve_quant(generation.model.stem.removeprefix("model-"), gguf, learned=True)
-    adapter = str(generation.folder / "adapter.gguf")
-    request = {"base": base, "adapter": adapter, "out": str(generation.model), "quant": qtype}
-    run_stage("merge", request, learner.limits(), progress)
 
 
 def _manifests(learner: Learner) -> list[Manifest]:

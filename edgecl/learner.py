@@ -28,6 +28,7 @@ from .measure import Meter, by_task
 from .night import AdaptReport, Night
 from .places import default_home, find_model
 from .profile import PRECISIONS, Settings, load_profile, served_at
+from .rebuild import restore
 from .redact import redact
 from .rows import Added
 from .store import Store
@@ -252,8 +253,10 @@ class Learner:
     def rollback(self, number: int | None = None) -> Generation:
         """Serve an earlier generation (default: the parent of the one that serves); nothing is deleted.
 
+        A merged model that was dropped to save space is written again.
+
         Raises:
-            GenerationError: there is no such generation, or its model was dropped to save space.
+            GenerationError: there is no such generation, or its files are not as they were.
             NotNow: a night is running.
         """
         with night_lock(self.home):
@@ -264,8 +267,9 @@ class Learner:
                     raise GenerationError("the base itself serves; there is nothing to roll back to")
                 number = parents[0]
             target = self.generations.load(number)
-            if not target.model.is_file():
-                raise GenerationError(f"generation {number} keeps its adapter but no model file; roll back to another")
+            self.generations.check_base(full=False, base=self.settings.base)
+            with translated():
+                restore(target, self.settings.base, self.limits())
             check_files(target)
             self.generations.point(number)
             return target

@@ -52,6 +52,7 @@ LAYERS = (
         "export",
         "modelfile",
         "forget",
+        "rebuild",
     },
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
     {"__main__"},

@@ -1,0 +1,47 @@
+"""A generation's merged model, written again where it was deleted to save space: its base and its adapter are still there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from edgecl_convert import GgufFile, resolve_quant
+
+from .child import Limits, Progress, run_stage
+from .errors import GenerationError
+from .generations import Generation, check_files, sha256_file
+
+
+def rebuild(generation: Generation, base: str, out: Path, limits: Limits, progress: Progress | None = None) -> bool:
+    """Merge a generation into its base as its night did; one that served base + adapter at F16, which keeps all of it.
+
+    Returns:
+        Whether the file is the one that served, bit for bit. It is not, once a newer edgecl merges otherwise.
+
+    Raises:
+        GenerationError: its adapter is gone or was changed.
+        EdgeclError: the merge failed.
+    """
+    manifest, adapter = generation.manifest, generation.folder / "adapter.gguf"
+    check_files(replace(generation, adapter=adapter))
+    with GgufFile(base) as gguf:
+        qtype = resolve_quant(manifest.model.removeprefix("model-").removesuffix(".gguf") or "F16", gguf, learned=True)
+    run_stage("merge", {"base": base, "adapter": str(adapter), "out": str(out), "quant": qtype}, limits, progress)
+    return sha256_file(out) == manifest.files.get(manifest.model)
+
+
+def restore(generation: Generation, base: str, limits: Limits, progress: Progress | None = None) -> None:
+    """Put a generation's merged model back where it serves from, if it is not there.
+
+    Raises:
+        GenerationError: what comes out is not what served.
+        EdgeclError: as `rebuild`.
+    """
+    if not generation.number or generation.model.is_file():
+        return
+    if not rebuild(generation, base, generation.model, limits, progress):
+        generation.model.unlink()
+        raise GenerationError(
+            f"generation {generation.number}: its model was dropped to save space, and this edgecl merges another one; "
+            "roll back to one that is there, or `edgecl export` it"
+        )
