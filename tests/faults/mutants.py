@@ -135,6 +135,10 @@ def rows_of(home: Path) -> object:
         return None
 
 
+# Those of a store that another part of the suite is reading: they hold nothing, and may be gone in the middle of a copy.
+_LOGS = shutil.ignore_patterns("replay.db-*")
+
+
 def as_home(path: Path, whole: Path) -> str:
     """Do everything that reads a home by day, and what a night does first; EdgeclErrors are expected."""
     home = next(folder for folder in path.parents if folder.name.startswith("home-"))
@@ -144,7 +148,7 @@ def as_home(path: Path, whole: Path) -> str:
         lambda learner: learner.status(),
         lambda learner: learner.history(),
         lambda learner: learner.generations.check_base(True, learner.settings.base),
-        lambda learner: learner._finish_last_night(),
+        lambda learner: learner.finish_last_night(),
         lambda learner: [learner.store.rows(role) for role in ("pending", "replay", "heldout")],
         lambda learner: learner.observe(['{"prompt": "new", "completion": "x"}']),
         lambda learner: learner.rollback(1),
@@ -195,7 +199,7 @@ FILES: dict[str, tuple[str, Callable[[Path, Path], str]]] = {
 def gguf(first: int, last: int, template: Path, folder: Path) -> Outcome:
     """Damage a model so often; see what edgecl and llama.cpp make of it, and that it is not served."""
     home = folder / "home"
-    shutil.copytree(template / "home", home, symlinks=True)
+    shutil.copytree(template / "home", home, symlinks=True, ignore=_LOGS)
     data = (template / "base.gguf").read_bytes()
     with GgufFile(template / "base.gguf") as file:
         header = min(info.offset for info in file.tensors.values())
@@ -226,7 +230,7 @@ def other(what: str, first: int, last: int, template: Path, folder: Path) -> Out
     whole = (template / "home" / name).read_bytes()
     for i in range(first, last):
         home = folder / f"home-{i}"
-        shutil.copytree(template / "home", home, symlinks=True)
+        shutil.copytree(template / "home", home, symlinks=True, ignore=_LOGS)
         (home / name).write_bytes(mutated(whole, random.Random(f"{what} {i}")))
         outcome.tries += 1
         said = forked(lambda home=home: read(home / name, template / "home" / name))
