@@ -35,7 +35,9 @@ class Screen:
         path = os.pathsep.join(sys.path)
         program = ["env", f"PYTHONPATH={path}", *(f"{key}={value}" for key, value in environment.items())]
         program += [sys.executable, "-c", code, "--home", str(home), "chat", *options]
-        self.tmux("new-session", "-d", "-x", "80", "-y", "24", shlex.join(program))
+        self._exit_code = home.parent / f"{self._socket}.exit"  # tmux 3.3 does not always learn it: the program stays a zombie
+        then = f'trap : INT; "$@"; printf %s "$?" > {shlex.quote(str(self._exit_code))}'
+        self.tmux("new-session", "-d", "-x", "80", "-y", "24", shlex.join(["sh", "-c", then, "sh", *program]))
 
     def tmux(self, *arguments: str) -> str:
         command = ["tmux", "-u", "-L", self._socket, "-f", str(self._config), *arguments]
@@ -59,10 +61,9 @@ class Screen:
         return self._until(lambda: self.text().count(text) >= n, f"{n} times {text!r}")
 
     def wait_end(self) -> str:
-        """Wait until the program has left; return its exit code, or nothing where a signal ended it."""
-        found = "#{pane_dead_status}#{pane_dead_signal}"  # there some time after the program has left
-        self._until(lambda: self.tmux("display-message", "-p", found).strip(), "the end")
-        return self.tmux("display-message", "-p", "#{pane_dead_status}").strip()
+        """Wait until the program has left; return its exit code, 128 and more where a signal ended it."""
+        self._until(lambda: self._exit_code.exists() and self._exit_code.read_text(), "the end")
+        return self._exit_code.read_text()
 
     def _until(self, is_so: Any, what: str) -> str:
         end = time.monotonic() + DEADLINE_S
