@@ -112,7 +112,7 @@ def _gguf(learner: Learner, generation: Generation, out: Path, progress: Progres
         wanted = manifest.files.get(manifest.model, "") if generation.number else manifest.base_sha256
         _copy(generation.model, out, wanted)
         return []
-    learner.generations.check_base(full=True)
+    learner.generations.check_base(full=True, base=learner.settings.base)
     same = rebuild(generation, learner.settings.base, out, learner.limits(), progress)
     if not manifest.model:
         return [f"generation {generation.number} serves base + adapter; they were merged at F16, which keeps all of the night"]

@@ -45,7 +45,7 @@ def nightly(
     """
     contract = _Contract(learner, sensors or Sensors(), told)
     if learner.store.rows("pending"):
-        learner.generations.check_base(full=False)
+        learner.generations.check_base(full=False, base=learner.settings.base)
         if reasons := contract.look(needed_bytes(learner.settings)):
             raise NotNow(f"not now: {reasons}")
     return learner.adapt(progress=progress, stop=contract)
