@@ -337,8 +337,7 @@ class Night:
 
     def _publish(self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored]) -> None:
         report, number = self.report, self.generations.next_number()
-        share = self.settings.replay.share
-        kept = [new[i].id for i in choose([r.example.answer for r in new], quota(len(new), share), seed=number)]
+        kept = kept_ids(new, self.settings.replay.share, number)
         report.accepted, report.generation, report.n_kept = True, number, len(kept)
         write_atomic(draft / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
         files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
@@ -359,6 +358,12 @@ class Night:
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
         self.store.record_night(number, True, report.reason, report.as_dict())
         self.generations.drop_old_models(self.settings.keep_models)
+
+
+def kept_ids(learned: Sequence[Stored], share: float, number: int) -> list[int]:
+    """Return the ids of the rows that stay for rehearsal, of those that night `number` has learned."""
+    rows = choose([row.example.answer for row in learned], quota(len(learned), share), seed=number)
+    return [learned[i].id for i in rows]
 
 
 def swapped(rows: Sequence[Example]) -> list[tuple[Example, Example]]:

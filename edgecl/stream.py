@@ -34,9 +34,9 @@ from .metrics import (
     paired_interval,
     stream_intervals,
 )
+from .night import kept_ids
 from .places import find_model
 from .profile import PrivacySettings, ReplaySettings, TrainSettings
-from .replay import choose, quota
 
 
 @dataclass(frozen=True)
@@ -246,9 +246,8 @@ class _Run:
         """Let a copied home be as if the cell had run its first night itself; return how many rows that night leaves it."""
         share = self.cell.replay
         learner.settings = replace(learner.settings, replay=ReplaySettings(share=share, written=self.cell.written))
-        rows = learner.store.rows("replay")
-        kept = choose([row.example.answer for row in rows], quota(len(rows), share), seed=1)
-        learner.store.drop("replay", keep=[rows[i].id for i in kept])
+        kept = kept_ids(learner.store.rows("replay"), share, number=1)
+        learner.store.drop("replay", keep=kept)
         return len(kept)
 
     def _night(self, learner: Learner, i: int, compare: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -43,6 +43,11 @@ def adapt(
             context.exit(0 if counts else 4)
         with progress_bar() as progress:
             report = learner.adapt(task, minutes=minutes, ram_bytes=ram_bytes, gate=gate, progress=progress)
+    end_night(context, report, as_json)
+
+
+def end_night(context: click.Context, report: AdaptReport, as_json: bool) -> None:
+    """Print a night, and exit with the code of how it ended."""
     if as_json:
         print_json(report.as_dict())
     else:

@@ -9,8 +9,8 @@ import click
 
 from ..learner import Learner
 from ..nightly import nightly as run_nightly
-from .night import REFUSED, print_report
-from .output import json_option, print_json, progress_bar
+from .night import end_night
+from .output import json_option, progress_bar
 
 
 @click.command()
@@ -25,11 +25,7 @@ def nightly(context: click.Context, as_json: bool) -> None:
     told = _until_sigterm()
     with Learner(context.obj) as learner, progress_bar() as progress:
         report = run_nightly(learner, told=told, progress=progress)
-    if as_json:
-        print_json(report.as_dict())
-    else:
-        print_report(report)
-    context.exit(0 if report.accepted else REFUSED)
+    end_night(context, report, as_json)
 
 
 def _until_sigterm() -> Callable[[], str]:

@@ -105,15 +105,10 @@ def _in_copy(template: Path, run: Try, i: int, folder: Path) -> Outcome:
 def _in_bulk(template: Path, what: str, n: int, i: int, folder: Path) -> Outcome:
     first, last = i * PART, min((i + 1) * PART, n)
     command = [sys.executable, "-m", "tests.faults.mutants", what, str(first), str(last), str(template), str(folder)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=900)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     if ran.returncode:
         return Outcome(tries=last - first, findings=[f"the suite failed: {ran.stderr[-800:]}"])
     return Outcome(**json.loads(ran.stdout.splitlines()[-1]))
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of every process: this checkout, one thread."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'convert'}", "OMP_NUM_THREADS": "1"}
 
 
 KINDS: dict[str, Callable[[Ground], Kind]] = {
@@ -191,7 +186,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--tries", type=int, default=10_000, help="at most so many of each kind, spread evenly")
     arguments = parser.parse_args()
-    os.environ.update(environment())
+    os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'convert'}", "OMP_NUM_THREADS": "1"}  # of every process: this checkout
     if unknown := set(arguments.kinds) - set(KINDS):
         parser.error(f"no such kind: {', '.join(unknown)}; there are: {', '.join(KINDS)}")
     work = arguments.work or Path(tempfile.mkdtemp(prefix="edgecl-faults-"))

@@ -30,9 +30,7 @@ def outside(kind: str, template: Path, i: int, folder: Path) -> Outcome:
     """Run one try inside a namespace of its own; return its outcome."""
     folder.mkdir()
     command = ["unshare", "-rm", sys.executable, "-m", "tests.faults.disk", kind, str(i), str(template), str(folder)]
-    ran = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/convert"}
-    )
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ran.returncode:
         return Outcome(tries=1, findings=[f"the suite failed: {ran.stderr[-500:]}"])
     return Outcome(**json.loads(ran.stdout.splitlines()[-1]))
