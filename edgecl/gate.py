@@ -56,7 +56,7 @@ class TaskResult:
         learning: whether tonight's rows are of this task.
         loss_change: mean paired change of answer loss in nats, with its 95% interval in loss_low, loss_high.
         swap_cost: how much higher the loss is, after the night, when a question gets another row's answer, in nats; swap_low:
-            the low end of its 95% interval. NaN where that was not measured.
+            the low end of its 95% interval. None where that was not measured.
     """
 
     task: str
@@ -70,8 +70,8 @@ class TaskResult:
     loss_change: float
     loss_low: float
     loss_high: float
-    swap_cost: float = math.nan
-    swap_low: float = math.nan
+    swap_cost: float | None = None
+    swap_low: float | None = None
 
     @classmethod
     def paired(
@@ -91,9 +91,7 @@ class TaskResult:
         right_before, loss_before = np.array(before, np.float64).T
         right_after, loss_after = np.array(after, np.float64).T
         change, low, high = paired_interval(loss_before, loss_after)
-        swap_cost, swap_low, _ = (
-            paired_interval(*np.array(swapped, np.float64).T) if swapped else (math.nan, math.nan, math.nan)
-        )
+        swap_cost, swap_low = paired_interval(*np.array(swapped, np.float64).T)[:2] if swapped else (None, None)
         return cls(
             task, kind, learning, len(before), float(right_before.mean()), float(right_after.mean()),
             float(loss_before.mean()), float(loss_after.mean()), change, low, high, swap_cost, swap_low,
@@ -142,7 +140,7 @@ def _no_gain(result: TaskResult, settings: GateSettings) -> str:
             f"{result.task}: no gain on {result.n_rows} held-out rows "
             f"(answer loss {result.loss_before:.2f} -> {result.loss_after:.2f})"
         )
-    if result.swap_low <= 0:
+    if result.swap_low is not None and result.swap_low <= 0:
         return (
             f"{result.task}: on {result.n_rows} held-out rows the answer to another question is as likely as the right one "
             f"({result.swap_cost:+.2f} nats); look whether its answers belong to its questions"
