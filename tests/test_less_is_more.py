@@ -89,6 +89,14 @@ def test_a_grid_without_a_whole_seed_is_refused_in_one_line(cells: Path) -> None
         verdicts.Grid(found)
 
 
+def test_a_share_that_still_runs_is_left_out(cells: Path) -> None:
+    found = [json.loads(path.read_text()) for path in cells.glob("base-*-0.0*-*.json")]
+    assert verdicts.Grid(found).shares == [0.0, 0.001, 0.02, 0.05]
+    found += [json.loads(path.read_text()) for path in cells.glob("base-f16-0.1-*.json")]  # the other precisions are to come
+    grid = verdicts.Grid(found)
+    assert grid.shares == [0.0, 0.001, 0.02, 0.05] and grid.seeds == [0, 1, 2]
+
+
 def test_a_noisy_base_has_the_size_of_q4_0s_error_and_its_norms_untouched(tmp_path: Path) -> None:
     base = tiny.build(tmp_path / "base.gguf", width=128)[0]
     share = noisy_base.write_noisy(base, tmp_path / "noisy.gguf", seed=0)

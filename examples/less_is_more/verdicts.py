@@ -46,16 +46,22 @@ class Verdict:
 
 
 class Grid:
-    """Cells by precision, replay share and seed; only seeds that every precision and share has."""
+    """Cells by precision, replay share and seed: shares that a seed has at every precision, seeds that have all of those.
+
+    So a grid may be read while its last shares still run.
+    """
 
     def __init__(self, cells: list[dict[str, Any]]) -> None:
         self._cells = {(cell["precision"], cell["replay"], cell["seed"]): cell for cell in cells}
         self.arms = [arm for arm in ARMS if any(key[0] == arm for key in self._cells)]
-        self.shares = sorted({share for _, share, _ in self._cells})
-        seeds = sorted({seed for *_, seed in self._cells})
-        self.seeds = [s for s in seeds if all((arm, share, s) in self._cells for arm in self.arms for share in self.shares)]
+        found = {(share, seed) for _, share, seed in self._cells}
+        whole = {(share, seed) for share, seed in found if all((arm, share, seed) in self._cells for arm in self.arms)}
+        self.shares = sorted({share for share, _ in whole})
+        self.seeds = sorted({seed for _, seed in whole if all((share, seed) in whole for share in self.shares)})
         if not self.seeds:
-            raise SystemExit(f"no seed has all cells of {', '.join(self.arms)} at replay {self.shares}")
+            raise SystemExit(
+                f"no seed has all cells of {', '.join(self.arms)} at replay {self.shares or sorted({s for s, _ in found})}"
+            )
         self.tasks: list[str] = cells[0]["tasks"]
 
     def right(self, arm: str, share: float, after: int, task: int) -> FloatArray:
