@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,11 @@ ROWS = [{"prompt": prompt, "completion": answer} for prompt, answer in {"anne": 
 PROFILE = "threads = 1\nram_bytes = 1_500_000_000\nneeds_ac = false\nmax_temperature_c = 999\nidle_minutes = 0\n"
 
 
-def make_home(folder: Path, base: Path, profile: str = PROFILE) -> Path:
+def make_home(folder: Path, base: Path, profile: str = PROFILE, train: TrainSettings = TRAIN) -> Path:
     """A home with pending rows and settings that learn in seconds."""
+    folder.mkdir(exist_ok=True)
     (folder / "mine.toml").write_text(profile)
-    settings: dict[str, Any] = {"replay": ReplaySettings(written=40), "train": TRAIN, "gate": GATE}
+    settings: dict[str, Any] = {"replay": ReplaySettings(written=40), "train": train, "gate": GATE}
     with Learner.init(base, folder / "home", profile=str(folder / "mine.toml"), **settings) as learner:
         assert learner.observe(map(json.dumps, ROWS)).added == 3
     return folder / "home"
@@ -70,6 +74,15 @@ def children() -> list[psutil.Process]:
 
 def pending(learner: Learner) -> int:
     return len(learner.store.rows("pending"))
+
+
+def start_nightly(home: Path) -> subprocess.Popen[str]:
+    """Begin `edgecl nightly` as a timer does: a process with a session of its own."""
+    command = [sys.executable, "-c", "from edgecl.cli import main; main()", "--home", str(home), "nightly"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
@@ -134,6 +147,28 @@ def test_a_night_interrupted_in_every_stage_ends_as_an_uninterrupted_one(
         assert (home / "generations/0001" / file).read_bytes() == (whole[0] / "generations/0001" / file).read_bytes()
     assert report.train["resumed_at"] > 0 == whole[1].train["resumed_at"]
     assert report.losses == whole[1].losses and report.n_written == whole[1].n_written > 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_night_interrupted_five_times_at_random_ends_with_the_same_adapter(tmp_path: Path, base: Path, seed: int) -> None:
+    train, profile = replace(TRAIN, min_steps=200), PROFILE.replace("threads = 1", "threads = 2")
+    whole, broken = (make_home(tmp_path / name, base, profile, train) for name in ("whole", "broken"))
+    start_s = min(timeit.repeat(lambda: run(whole, "status"), number=1, repeat=2))
+    night_s = timeit.timeit(lambda: run(whole, "nightly"), number=1) - start_s
+    chance = random.Random(seed)
+    instants = sorted(chance.uniform(0, 0.7 * night_s) for _ in range(5))
+    for before, after in pairwise([0.0, *instants]):
+        process = start_nightly(broken)
+        with pytest.raises(subprocess.TimeoutExpired):  # it has not ended by itself
+            process.wait(start_s + after - before)
+        os.killpg(process.pid, chance.choice([signal.SIGTERM, signal.SIGKILL]))
+        process.communicate(timeout=120)
+        with Learner(broken) as learner:
+            assert pending(learner) == 3 and learner.generations.current().number == 0
+    code, _, error = run(broken, "nightly")
+    assert code == 0, error
+    adapters = [(home / "generations/0001/adapter.gguf").read_bytes() for home in (whole, broken)]
+    assert adapters[0] == adapters[1]
 
 
 def test_rows_that_were_written_for_another_night_are_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,9 +333,7 @@ def test_every_outcome_has_its_exit_code_and_one_line(tmp_path: Path, base: Path
 def test_a_night_that_systemd_stops_goes_on_the_next_time_and_leaves_nothing_when_it_is_refused(home: Path) -> None:
     config = home / "edgecl.toml"
     config.write_text(config.read_text().replace("max_prose_nats = 100.0", "max_prose_nats = -100.0"))
-    command = [sys.executable, "-c", "from edgecl.cli import main; main()", "--home", str(home), "nightly"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    process = start_nightly(home)
     while not (home / "runs/written.json").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
