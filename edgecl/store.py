@@ -50,13 +50,19 @@ class Store:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = Database(sqlite3.connect(self.path, timeout=30, check_same_thread=False))
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"{path}: cannot be opened: {error}; restore it or move it away") from None
+            raise StoreError(f"{path}: cannot be opened: {error}; {self._way_out()}") from None
         try:
-            with self._translated("cannot be opened", "restore it or move it away"):
+            with self._translated("cannot be opened", self._way_out()):
                 self._prepare()
         except StoreError:
             self.close()
             raise
+
+    def _way_out(self) -> str:
+        """Return what to do about a file that cannot be opened."""
+        if all(os.access(path, os.R_OK | os.W_OK) for path in (self.path, self.path.parent)):
+            return "restore it or move it away"
+        return "make it and its folder writable for this user"
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA secure_delete = ON")

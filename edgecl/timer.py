@@ -2,7 +2,7 @@
 
 The units are those of `firmware_configs/systemd`, with the home, the Python and the time filled in. Their name is made of the
 home's path, so that several homes have a timer each; a line of a crontab ends with that name, and all other lines stay as they
-are. Nothing needs root.
+are. A night for which it is not the time, or that yields, is tried again every quarter of an hour. Nothing needs root.
 
 *Does not cover*: a home below /tmp, which the service does not see.
 """
@@ -21,10 +21,11 @@ from pathlib import Path
 
 from edgecl_convert import ConvertError, write_atomic
 
-from .errors import EdgeclError, SettingError
+from .errors import EdgeclError, NotNow, SettingError
 from .profile import resource_folder
 
 KINDS = ("service", "timer")
+CRON_TRIES = 90  # a quarter of an hour apart: the last one ends before the next night
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Schedule:
         name: of the unit, and of the crontab's line.
         at: HH:MM, local time.
         state: of the timer, as systemd says it; next: when it starts the service next.
-        last: how the service ended last.
+        last: how the service ended last, or that it runs.
     """
 
     by: str
@@ -97,15 +98,17 @@ def status(home: Path) -> Schedule:
     if timer.is_file():
         found = re.search(r"^OnCalendar=\*-\*-\* (\d\d:\d\d)", timer.read_text("utf-8"), re.MULTILINE)
         facts = _properties(f"{name}.timer", "ActiveState", "NextElapseUSecRealtime")
-        ran = _properties(f"{name}.service", "Result", "ExecMainStatus", "ExecMainExitTimestamp")
+        ran = _properties(f"{name}.service", "Result", "SubState", "ExecMainStatus", "ExecMainExitTimestamp")
         last = f"{ran['Result']}, exit code {ran['ExecMainStatus']}, {ran['ExecMainExitTimestamp']}"
+        if ran["SubState"] == "auto-restart":
+            last += ", tried again every 15 minutes"
         return Schedule(
             "systemd",
             name,
             found[1] if found else "",
             facts["ActiveState"] or "unknown",
             facts["NextElapseUSecRealtime"],
-            last if ran["ExecMainExitTimestamp"] else "",
+            last if ran["ExecMainExitTimestamp"] else "a night runs now" if ran["SubState"] == "running" else "",
         )
     for line in _cron_lines():
         if line.endswith(f" # {name}"):
@@ -125,6 +128,7 @@ def remove(home: Path) -> Schedule:
     if any(path.is_file() for path in files):
         if _has_systemd():
             _systemctl("disable", "--now", f"{before.name}.timer")
+            _systemctl("stop", f"{before.name}.service")  # a night that runs yields; none is tried again
         (_unit_folder() / "timers.target.wants" / f"{before.name}.timer").unlink(missing_ok=True)
         for path in files:
             path.unlink(missing_ok=True)
@@ -199,12 +203,14 @@ def _properties(unit: str, *names: str) -> dict[str, str]:
 
 
 def cron_command(home: Path) -> str:
-    """Return the command of a crontab's line.
+    """Return the command of a crontab's line: a night, and its further tries as long as the line stands.
 
     The shell's quotes are closed before each %: cron takes one backslash away before it, and would count those of the path.
     """
     quoted = " ".join(shlex.quote(word).replace("%", "''\\%") for word in _command(home))
-    return f"PYTHONSAFEPATH=1 nice -n 19 {quoted}"
+    night = f"PYTHONSAFEPATH=1 nice -n 19 {quoted}"
+    again = f"[ $? -eq {NotNow.exit_code} ] && sleep 900 && crontab -l | grep -q {unit_name(home)} || break"
+    return f"for i in $(seq {CRON_TRIES}); do {night}; {again}; done"
 
 
 def _cron_lines() -> list[str]:

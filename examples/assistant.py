@@ -83,7 +83,8 @@ class Assistant:
             self.say(f"(no night: {error})")
         else:
             outcome = f"generation {report.generation} answers now" if report.accepted else f"refused: {report.reason}"
-            self.say(f"(learned {report.n_new} answers in {report.train_s:.0f} s; {outcome})")
+            answers = "1 answer" if report.n_new == 1 else f"{report.n_new} answers"
+            self.say(f"(learned {answers} in {report.train_s:.0f} s; {outcome})")
 
     def show_learned(self) -> None:
         """Ask again what was corrected since this program began."""

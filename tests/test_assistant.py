@@ -48,7 +48,7 @@ def test_a_script_of_a_day_and_a_night(home: Path) -> None:
     main(["--home", str(home)], lines, said.append)
     before, told, learned, after, good, now, serves = said
     assert ANSWER not in before and told == good == "(to be learned)"
-    assert learned.startswith("(learned 1 answers in ") and learned.endswith("; generation 1 answers now)")
+    assert learned.startswith("(learned 1 answer in ") and learned.endswith("; generation 1 answers now)")
     assert after == ANSWER and f"wanted: {ANSWER}\n  now:    {ANSWER}" in now and serves == "(generation 1 answers)"
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from test_cli import one_line
 
 from edgecl import Learner
 from edgecl.cli import cli
@@ -113,6 +117,16 @@ def test_a_damaged_schema_is_one_line(home: Path, damage: bytes) -> None:
     with pytest.raises(StoreError, match=r"cannot be opened: .*; restore it or move it away") as caught:
         Learner(home)
     assert "\n" not in str(caught.value)
+
+
+def test_a_home_on_a_read_only_disk_is_one_line_that_says_what_to_do(home: Path) -> None:
+    mount = f"mount --bind '{home}' '{home}' && mount -o remount,bind,ro '{home}'"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system does not let a user mount (unshare -rm)")
+    command = f"{mount} && exec '{sys.executable}' -m edgecl --home '{home}' status"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and one_line(done.stderr, "replay.db: cannot be opened", "make it and its folder writable")
 
 
 # --- files that serve -------------------------------------------------------------------------------------------------

@@ -109,7 +109,8 @@ def test_units_are_written_loaded_and_removed(fakes: Path, home: Path, tmp_path:
     (fakes / "log").unlink()
     assert timer.remove(home) == made and units(tmp_path) == {}
     calls = (fakes / "log").read_text().splitlines()
-    assert calls.index(f"--user disable --now {name}.timer") < calls.index("--user daemon-reload")
+    changes = [call for call in calls if " show " not in call]
+    assert changes == [f"--user disable --now {name}.timer", f"--user stop {name}.service", "--user daemon-reload"]
     assert timer.status(home) == timer.remove(home) == timer.Schedule("", name)
 
 
@@ -154,6 +155,7 @@ def test_systemd_accepts_the_units_as_installed_and_as_shipped(
 def test_the_service_is_shut_in_and_knows_how_nights_end() -> None:
     service = values((timer.resource_folder("firmware_configs") / "systemd/edgecl-nightly.service").read_text("utf-8"))
     assert service["SuccessExitStatus"].split() == ["3", "4", "75"]
+    assert (service["Type"], service["RestartForceExitStatus"], service["RestartSec"]) == ("exec", "75", "15min")
     wanted = {"ProtectSystem": "strict", "PrivateNetwork": "yes", "CPUSchedulingPolicy": "idle", "IOSchedulingClass": "idle"}
     assert service.items() >= (wanted | {"KillMode": "mixed"}).items()
     assert {"MemoryMax", "TimeoutStopSec"} <= service.keys()
@@ -230,6 +232,28 @@ def test_cron_runs_what_was_meant(name: str, only_cron: Path, tmp_path: Path, mo
     command = as_cron_runs(table(only_cron).decode().splitlines()[0])
     ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, env={"PATH": "/usr/bin:/bin"}, check=True)
     assert json.loads(ran.stdout) == [str(python), "-m", "edgecl", "--home", str(home), "nightly"]
+
+
+@pytest.mark.parametrize(("codes", "n_nights"), [([75, 75, 0, 75], 3), ([3, 75], 1), ([4, 75], 1), ([75] * 200, 90)])
+def test_cron_tries_again_while_it_is_not_now(
+    codes: list[int], n_nights: int, only_cron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(only_cron, "sleep", '#!/bin/sh\necho "$1" >>"$FAKES/naps"\n')
+    for number, code in enumerate(codes):
+        (tmp_path / str(number)).write_text(str(code))
+    night = f'#!/bin/sh\ncd "{tmp_path}"; n=$(ls night-* 2>/dev/null | wc -l); touch night-$n; exit $(cat $n)\n'
+    monkeypatch.setattr(sys, "executable", str(program(tmp_path, "python", night)))
+    timer.install(tmp_path / "home")
+    command = ["/bin/sh", "-c", as_cron_runs(table(only_cron).decode().splitlines()[0])]
+    environment = os.environ | {"PATH": f"{only_cron}:/usr/bin:/bin"}
+    subprocess.run(command, env=environment, check=True)
+    assert len(list(tmp_path.glob("night-*"))) == n_nights
+    naps = (only_cron / "naps").read_text().split() if (only_cron / "naps").exists() else []
+    assert naps == ["900"] * (n_nights - (codes[n_nights - 1] != 75))
+    timer.remove(tmp_path / "home")
+    (tmp_path / f"{n_nights}").write_text("75")
+    subprocess.run(command, env=environment, check=True)
+    assert len(list(tmp_path.glob("night-*"))) == n_nights + 1
 
 
 def test_a_crontab_that_cannot_be_read_is_not_written(only_cron: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
