@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import shutil
 import sys
 from contextlib import closing, suppress
 
@@ -19,7 +20,7 @@ from ..data import DEFAULT_TASK
 from ..errors import DataError, EdgeclError
 from ..learner import Learner, ObserveReport
 from .day import print_status
-from .output import json_option, print_json, redaction, safe
+from .output import WordWrap, json_option, print_json, redaction, safe
 
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
 PASTE_GAP_S = 0.05  # lines of a paste come closer together than this, and typed ones do not
@@ -164,15 +165,16 @@ class _Conversation:
         if self._chat.generation != before:
             _note(f"generation {self._chat.generation} answers from here on; it was {before}")
         pieces: list[str] = []
+        wrap = WordWrap(shutil.get_terminal_size().columns) if self._lines.is_terminal else None
         try:
             with closing(self._chat.turn(text)) as answer:
                 for piece in answer:
                     pieces.append(safe(piece))
                     if not self._as_json:
-                        click.echo(pieces[-1], nl=False)
+                        click.echo(wrap.feed(pieces[-1]) if wrap else pieces[-1], nl=False)
         finally:
             if pieces and not self._as_json:
-                click.echo()
+                click.echo(wrap.rest() if wrap else "")
         self._tell(self._chat.turns[-1], "".join(pieces))
 
     def _tell(self, turn: Turn, answer: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -44,6 +45,38 @@ def _finite(value: Any) -> Any:
 def safe(text: str) -> str:
     """Return text without the control codes that could drive a terminal; line breaks and tabs stay."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class WordWrap:
+    """Breaks a text that comes in pieces between its words; a word wider than a line is left to the terminal.
+
+    Args:
+        columns: of the terminal.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._columns, self._at, self._word = columns, 0, ""  # a word has the blanks before it
+
+    def feed(self, piece: str) -> str:
+        """Return what can be printed now; the last word may go on in the next piece and waits for it."""
+        shown = []
+        for character in piece:
+            if character == "\n":
+                shown.append(self.rest() + "\n")
+                self._at = 0
+                continue
+            if self._word.strip() and (character == " " or cell_len(character) > 1):  # Chinese has no blanks
+                shown.append(self.rest())
+            self._word += character
+        return "".join(shown)
+
+    def rest(self) -> str:
+        """Return the word that waits."""
+        word, self._word = self._word, ""
+        if self._at and self._at + cell_len(word) > self._columns:
+            self._at, word = 0, "\n" + word.lstrip(" ")
+        self._at += cell_len(word.lstrip("\n"))
+        return word
 
 
 def size(n_bytes: float) -> str:
