@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from edgecl_convert import GgufFile
 
 from .data import DEFAULT_TASK, Example, check_task, parse_example
-from .errors import DataError, EdgeclError, GenerationError
-from .learner import Learner, ObserveReport, translated
-from .rows import Stored
+from .errors import DataError, EdgeclError, GenerationError, translated
+from .learner import Learner
+from .rows import ObserveReport, Stored
 from .stages import chat_format
 
 if TYPE_CHECKING:

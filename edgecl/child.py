@@ -167,6 +167,8 @@ class _Watch:
                     self._heed()
         except psutil.Error:
             pass  # it has ended
+        except Exception as error:  # of whoever is asked whether to yield: without a watch there is no limit
+            self._end(f"its watch failed: {type(error).__name__}: {error}")
 
     def _heed(self) -> None:
         self.yielding = self._limits.stop()

@@ -18,8 +18,7 @@ from typing import Any
 from edgecl_convert import GgufFile, merge, resolve_quant
 
 from .child import Limits, Progress, run_stage
-from .errors import SettingError
-from .learner import translated
+from .errors import SettingError, translated
 from .places import PACKAGED, find_model
 from .profile import Profile, TrainSettings, resource_folder
 from .stream import Cell, Stream, run_stream

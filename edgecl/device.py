@@ -7,9 +7,11 @@ A keyboard is in use where a terminal was read from lately (a console, a serial 
 `w` goes by, to the 8 seconds that the kernel rounds them to), or where a counter of input devices moved between two readings
 (interrupts of a PS/2 keyboard and of touchpads on I2C, transfers of USB keyboards and mice), which works on any desktop.
 
-*Does not cover*: what a counter did before the first reading (a night may begin in a pause of reading, and yields at the next
-key), Bluetooth keyboards, touch screens, remote desktops, somebody who watches a film, and work that nobody types for. A script
-that feeds a terminal looks like a person.
+A night that is tried again compares its counters with those of the last try (see `tries`).
+
+*Does not cover*: what a counter did before the first reading (a first try may begin in a pause of reading, and yields at the
+next key), Bluetooth keyboards, touch screens, remote desktops, somebody who watches a film, and work that nobody types for. A
+script that feeds a terminal looks like a person.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from .profile import Profile
 
+AHEAD_S = 60.0  # a terminal that was read from later than that was read before the clock was set back
 FED = ("Charging", "Full", "Not charging")  # of a battery whose charger has no entry of its own
 
 
@@ -73,10 +77,15 @@ def why_not_now(readings: Readings, profile: Profile, at: datetime, needed_bytes
     return reasons
 
 
+def memory_bytes(root: Path = Path("/")) -> int | None:
+    """Return the machine's memory, None where it does not say."""
+    return _meminfo(root, "MemTotal")
+
+
 def propose_profile(root: Path = Path("/")) -> tuple[str, str]:
     """Return the shipped profile that suits this machine, and in words what the machine is."""
     model = _text(root / "proc/device-tree/model").strip("\0")
-    memory = _meminfo(root, "MemTotal")
+    memory = memory_bytes(root)
     boards = {"Jetson": "jetson-orin-nano-8gb", "Raspberry Pi": "raspberry-pi-5"}
     name = next((name for word, name in boards.items() if word in model), "laptop-cpu")
     return name, (model or "no board that is known") + (f", {memory / 1e9:.1f} GB of memory" if memory else "")
@@ -106,11 +115,22 @@ class Sensors:
             _free_bytes(folder),
         )
 
+    @property
+    def keyboard(self) -> dict[str, Any]:
+        """What is remembered of input devices, as JSON has it: their counters, and when one moved last, as far as is known."""
+        return {"inputs": self._inputs, "moved_at": self._moved_at}
+
+    def recall(self, keyboard: dict[str, Any]) -> None:
+        """Go on from what an earlier process remembered; what has moved since then may have moved just now."""
+        moved_at = keyboard["moved_at"] if keyboard["inputs"] == self._inputs else self.clock()
+        self._moved_at = max(self._moved_at, moved_at)
+
     def _idle_s(self) -> float | None:
         now, inputs = self.clock(), _input_counters(self._root)
         if inputs != self._inputs:
             self._inputs, self._moved_at = inputs, now
-        newest = max(self._moved_at, *_terminal_times(self._root), 0.0)
+        times = (at for at in _terminal_times(self._root) if at < now + AHEAD_S)
+        newest = max(self._moved_at, *times, 0.0)
         return max(now - newest, 0.0) if newest else None
 
 

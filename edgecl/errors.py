@@ -16,6 +16,11 @@ A refused night is not an error: it is `AdaptReport(accepted=False, reason=...)`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from edgecl_convert import ConvertError
+
 
 class EdgeclError(Exception):
     """Base of every error of edgecl; the message says what, got, allowed and what to do.
@@ -77,3 +82,12 @@ class NotNow(EdgeclError):
     """The machine is not free, or another night is running: what serves and what waits is as it was, a night goes on later."""
 
     exit_code = 75
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the conversion stage's errors into EdgeclError, at this one place."""
+    try:
+        yield
+    except ConvertError as error:
+        raise EdgeclError(str(error)) from None

@@ -18,9 +18,9 @@ from pathlib import Path
 from edgecl_convert import GgufFile, write_atomic
 
 from .child import Progress
-from .errors import GenerationError, SettingError
+from .errors import GenerationError, SettingError, translated
 from .generations import Generation, sha256_file
-from .learner import Learner, translated
+from .learner import Learner
 from .modelfile import go_template, write_modelfile
 from .rebuild import rebuild
 
@@ -72,6 +72,8 @@ def export(
         raise SettingError("generation 0 is the base and has no adapter; export another --generation, or --to gguf")
     report = ExportReport(to, str(folder), generation.number)
     _make_folder(learner, folder, force)
+    if (folder / MODEL).exists() and (folder / MODEL).samefile(learner.settings.base):
+        raise SettingError(f"{folder / MODEL} is this home's base, which an export would replace; choose another folder")
     with translated(), _disk_errors(folder), tempfile.TemporaryDirectory(prefix=".edgecl-", dir=folder) as name:
         draft = Path(name)
         if to == "peft":

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from .child import Progress
 from .data import Example
-from .errors import DataError, GenerationError, NothingToLearn
+from .errors import DataError, GenerationError, NothingToLearn, translated
 from .generations import Manifest
-from .learner import Learner, translated
+from .learner import Learner
 from .lock import night_lock
 from .night import AdaptReport
 from .rebuild import restore
@@ -80,6 +80,17 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
         learner.generations.clear_drafts()
         learner.store.forget(ids, [learner.generations.hash_of(n) for n in numbers])
     return numbers
+
+
+def going_on(learner: Learner, rows: Collection[Stored]) -> list[int]:
+    """Return the ids of further rows whose chat begins with that of one of these: they hold its text, too."""
+    chats = {row.example.messages for row in rows}
+    ids = {row.id for row in rows}
+    return [
+        row.id
+        for row in find(learner)
+        if row.id not in ids and any(row.example.messages[:n] in chats for n in range(1, len(row.example.messages)))
+    ]
 
 
 def plan(learner: Learner) -> Rebuild | None:

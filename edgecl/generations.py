@@ -117,12 +117,14 @@ def check_files(generation: Generation, *more: str) -> None:
         return
     for name in dict.fromkeys(((generation.adapter or generation.model).name, *more)):
         path = generation.folder / name
+        is_merged = name == generation.manifest.model
+        then = f"`edgecl rollback {generation.number}` writes it again" if is_merged else "restore it, or `edgecl rollback N`"
         try:
             got = sha256_file(path)
         except OSError as error:
-            raise GenerationError(f"{path} is gone ({error.strerror}); restore it, or `edgecl rollback N`") from None
+            raise GenerationError(f"{path} is gone ({error.strerror}); {then}") from None
         if got != generation.manifest.files.get(name):
-            raise GenerationError(f"{path} was changed since it was published; restore it, or `edgecl rollback N`")
+            raise GenerationError(f"{path} was changed since it was published; {then}")
 
 
 class Generations:

@@ -10,51 +10,35 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecl_convert import ConvertError, GgufFile, merge, open_source, resolve_quant, write_atomic
+from edgecl_convert import GgufFile, merge, open_source, resolve_quant, write_atomic
 from edgecl_convert.names import check_architecture
 
 from .child import Limits, Progress, run_stage
 from .data import Example, parse_lines
-from .errors import EdgeclError, GenerationError, NothingToLearn, SettingError
+from .errors import EdgeclError, GenerationError, NothingToLearn, SettingError, StageError, translated
 from .generations import Generation, Generations, Manifest, check_files, now, sha256_file
 from .lock import night_lock
 from .measure import Meter, by_task
 from .night import AdaptReport, Night
-from .places import default_home, find_model
-from .profile import PRECISIONS, Settings, load_profile, served_at
+from .places import default_home, find_model, open_home
+from .profile import PRECISIONS, Profile, Settings, load_profile, served_at
 from .rebuild import restore
 from .redact import redact
-from .rows import Added
+from .rows import ObserveReport
 from .store import Store
+from .tries import last_try
 from .turns import Turns
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 GATES = ("enforce", "report")
-
-
-@dataclass
-class ObserveReport(Added):
-    """What `observe` did; `bad`: (line number, reason) of what was not kept; `redacted`: placeholders by kind."""
-
-    bad: list[tuple[int, str]] = field(default_factory=list)
-    redacted: dict[str, int] = field(default_factory=dict)
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Turn the conversion stage's errors into EdgeclError, at this one place."""
-    try:
-        yield
-    except ConvertError as error:
-        raise EdgeclError(str(error)) from None
 
 
 class Learner:
@@ -67,14 +51,12 @@ class Learner:
     """
 
     def __init__(self, home: Path | str | None = None) -> None:
-        """Open a home that `init` made, and finish what a killed night left undone.
+        """Open a home that `init` made.
 
         Raises:
             EdgeclError: it is no home, or one of its parts is damaged or of a newer version.
         """
-        self.home = Path(home) if home else default_home()
-        if not (self.home / "edgecl.toml").is_file():
-            raise GenerationError(f"{self.home} is not a learner's home; run `edgecl init MODEL` first")
+        self.home = open_home(home)
         self.settings = Settings.read(self.home / "edgecl.toml")
         self.profile = load_profile(self.settings.profile)
         self.generations = Generations(self.home)
@@ -135,14 +117,16 @@ class Learner:
             place.chmod(0o700)  # also where it was there
         except OSError as error:
             raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
-        if base != path:
-            with translated(), open_source(path) as source:
-                merge(source, None, base, written)
-        if exists:
-            for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
-                (place / old).unlink(missing_ok=True)
-            for folder in ("generations", "runs"):
-                shutil.rmtree(place / folder, ignore_errors=True)
+        with night_lock(place):
+            if base != path:
+                with translated(), open_source(path) as source:
+                    merge(source, None, base, written)
+            _check_loads(base, load_profile(profile))
+            if exists:
+                for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
+                    (place / old).unlink(missing_ok=True)
+                for folder in ("generations", "runs"):
+                    shutil.rmtree(place / folder, ignore_errors=True)
         stat = base.stat()
         manifest = Manifest(
             number=0,
@@ -240,10 +224,11 @@ class Learner:
 
         serving = generation or self.generations.current()
         if self._engine is None or self._serving != serving.hash:
-            self.generations.check_base(full=False, base=self.settings.base)
+            loads_base = serving.model == Path(self.settings.base)
+            self.generations.check_base(full=loads_base, base=self.settings.base)
             check_files(serving)
         if self._engine is None:
-            self._engine = Engine(serving.model, serving.adapter, **self._engine_options())
+            self._engine = Engine(serving.model, serving.adapter, **self.profile.engine_options())
         elif self._serving != serving.hash:
             self._serving = ""  # a switch that fails leaves the engine closed: the next turn must switch again
             self._engine.switch(serving.model, serving.adapter)
@@ -270,12 +255,11 @@ class Learner:
             self.generations.check_base(full=False, base=self.settings.base)
             with translated():
                 restore(target, self.settings.base, self.limits())
-            check_files(target)
             self.generations.point(number)
             return target
 
     def status(self) -> dict[str, Any]:
-        """Return what serves, what waits, and how the last night ended."""
+        """Return what serves, what waits, how the last night ended, and why there was none since then."""
         serving, nights = self.generations.current(), self.store.nights()
         last = {key: nights[-1][key] for key in ("started", "accepted", "reason", "generation")} if nights else None
         return {
@@ -287,6 +271,7 @@ class Learner:
             "generations": self.generations.numbers(),
             "tasks": self.store.counts(),
             "last_night": last,
+            "last_try": last_try(self.home),
         }
 
     def history(self) -> list[dict[str, Any]]:
@@ -324,13 +309,13 @@ class Learner:
         """
         generation = self.generations.current() if number is None else self.generations.load(number)
         adapter = str(generation.adapter) if generation.adapter else None
-        request = {"model": str(generation.model), "adapter": adapter, "repeats": 3, "engine": self._engine_options()}
+        request = {"model": str(generation.model), "adapter": adapter, "repeats": 3, "engine": self.profile.engine_options()}
         result, peak = run_stage("bench", request, self.limits(), progress)
         return result | {"peak_rss_bytes": peak, "model_bytes": generation.model.stat().st_size}
 
     def meter(self, progress: Progress | None = None, limits: Limits | None = None) -> Meter:
         """Return what scores rows in a child process and remembers the scores in the store."""
-        return Meter(self.store, Path(self.settings.base), self._engine_options(), limits or self.limits(), progress)
+        return Meter(self.store, Path(self.settings.base), self.profile.engine_options(), limits or self.limits(), progress)
 
     # --- by night -----------------------------------------------------------------------------------------------
 
@@ -382,10 +367,6 @@ class Learner:
         learned = self.store.claimed(manifest.number).intersection(manifest.learned)
         self.store.settle(learned, manifest.kept, manifest.number, self.settings.replay.archive)
 
-    def _engine_options(self) -> dict[str, Any]:
-        p = self.profile
-        return {"n_ctx": p.n_ctx, "n_batch": p.n_batch, "n_threads": p.threads, "n_gpu_layers": p.n_gpu_layers}
-
     def limits(self, minutes: float | None = None, ram_bytes: int | None = None) -> Limits:
         """Return what a child may take: the profile's limits, or narrower ones.
 
@@ -397,3 +378,16 @@ class Learner:
         if not (minutes > 0 and ram_bytes > 0):  # so written that NaN is refused
             raise SettingError(f"minutes and ram must be above 0, got {minutes} and {ram_bytes}")
         return Limits(ram_bytes, 60 * minutes, 0, self.profile.threads)
+
+
+def _check_loads(model: Path, profile: Profile) -> None:
+    """Have llama.cpp load a model and compute a token in a child process: what can end that would end a chat.
+
+    Raises:
+        EdgeclError: it ended, or cannot load the model.
+    """
+    request = {"model": str(model), "engine": profile.engine_options()}
+    try:
+        run_stage("load", request, Limits(profile.ram_bytes, 60 * profile.minutes, 0, profile.threads))
+    except StageError as error:
+        raise EdgeclError(f"{model} cannot be used: {error}") from None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import NotNow
+from .errors import NotNow, SettingError
 
 
 @contextmanager
@@ -17,8 +17,13 @@ def night_lock(home: Path) -> Iterator[None]:
 
     Raises:
         NotNow: another night is running.
+        SettingError: the home cannot be written to.
     """
-    with open(os.open(home / "lock", os.O_CREAT | os.O_WRONLY, 0o600), "w") as handle:
+    try:
+        lock = os.open(home / "lock", os.O_CREAT | os.O_WRONLY, 0o600)
+    except OSError as error:
+        raise SettingError(f"{home}/lock: cannot be written: {error.strerror}; make {home} writable for this user") from None
+    with open(lock, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

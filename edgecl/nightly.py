@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from edgecl_convert import GgufFile, resolve_quant
+from edgecl_convert import ConvertError, GgufFile, resolve_quant
 from edgecl_convert.names import PROJECTIONS
 
 from .child import Progress
 from .device import Sensors, why_not_now
-from .errors import NotNow
-from .learner import Learner, translated
+from .errors import NotNow, translated
+from .generations import now
+from .learner import Learner
 from .night import AdaptReport
 from .profile import Settings
+from .tries import clear_try, last_try, note_try
 
 EVERY_S = 3.0  # the machine is looked at this often while a night runs
 BYTES_A_WEIGHT = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
@@ -43,7 +46,20 @@ def nightly(
         NotNow: the machine is not free, or stopped being it; what was done so far is kept.
         EdgeclError: a stage failed; yesterday's model serves still, no row is lost, and the history has reason and log.
     """
-    contract = _Contract(learner, sensors or Sensors(), told)
+    sensors = sensors or Sensors()
+    with suppress(KeyError, TypeError):  # there was no try before, or its note is none
+        sensors.recall((last_try(learner.home) or {})["keyboard"])
+    try:
+        report = _sitting(learner, _Contract(learner, sensors, told), progress)
+    except NotNow as error:
+        with suppress(OSError, ConvertError):
+            note_try(learner.home, now(), str(error), sensors.keyboard)
+        raise
+    clear_try(learner.home)
+    return report
+
+
+def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -> AdaptReport:
     if learner.store.rows("pending"):
         learner.generations.check_base(full=False, base=learner.settings.base)
         if reasons := contract.look(needed_bytes(learner.settings)):
@@ -85,6 +101,7 @@ class _Contract:
     def look(self, needed_bytes: int | None = None) -> str:
         """Return what the machine says against a night now; `needed_bytes` of disk before it begins."""
         now, minutes = self._sensors.clock(), self._profile.minutes
+        self._began = min(self._began, now)  # the clock was set back
         readings = self._sensors.read(self._home)
         reasons = why_not_now(readings, self._profile, datetime.fromtimestamp(now), needed_bytes)
         if now - self._began > 60 * minutes:

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import SettingError
+from .errors import GenerationError, SettingError
 
 PACKAGED = "smollm2"
 
@@ -14,6 +14,18 @@ PACKAGED = "smollm2"
 def default_home() -> Path:
     """Return `EDGECL_HOME`, or ~/.local/share/edgecl/default."""
     return Path(os.environ.get("EDGECL_HOME") or Path.home() / ".local/share/edgecl/default")
+
+
+def open_home(home: Path | str | None) -> Path:
+    """Return a home that `init` made (None: the default one).
+
+    Raises:
+        GenerationError: it is no home.
+    """
+    place = Path(home) if home else default_home()
+    if not (place / "edgecl.toml").is_file():
+        raise GenerationError(f"{place} is not a learner's home; run `edgecl init MODEL` first")
+    return place
 
 
 def find_model(name: Path | str) -> Path:

@@ -85,6 +85,10 @@ class Profile:
                     f'window must be hours such as "22:00-06:00", or "" for any time, got {self.window!r}{where}'
                 )
 
+    def engine_options(self) -> dict[str, int]:
+        """Return how an Engine loads a model here."""
+        return {"n_ctx": self.n_ctx, "n_batch": self.n_batch, "n_threads": self.threads, "n_gpu_layers": self.n_gpu_layers}
+
     def is_open(self, at: time) -> bool:
         """Return whether a time of day is inside the window; a window that closes before it opens goes over midnight."""
         if not self.window:

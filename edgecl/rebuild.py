@@ -1,4 +1,4 @@
-"""A generation's merged model, written again where it was deleted to save space: its base and its adapter are still there."""
+"""A generation's merged model, written again where it was deleted to save space or is damaged: base and adapter are there."""
 
 from __future__ import annotations
 
@@ -31,17 +31,22 @@ def rebuild(generation: Generation, base: str, out: Path, limits: Limits, progre
 
 
 def restore(generation: Generation, base: str, limits: Limits, progress: Progress | None = None) -> None:
-    """Put a generation's merged model back where it serves from, if it is not there.
+    """Put a generation's merged model back where it serves from, if it is not there as it was published.
 
     Raises:
-        GenerationError: what comes out is not what served.
+        GenerationError: what comes out is not what served, or base + adapter served and the adapter is gone or was changed.
         EdgeclError: as `rebuild`.
     """
-    if not generation.number or generation.model.is_file():
-        return
+    if generation.adapter or generation.model.is_file():
+        try:
+            check_files(generation)
+            return
+        except GenerationError:
+            if generation.adapter:
+                raise
     if not rebuild(generation, base, generation.model, limits, progress):
         generation.model.unlink()
         raise GenerationError(
-            f"generation {generation.number}: its model was dropped to save space, and this edgecl merges another one; "
-            "roll back to one that is there, or `edgecl export` it"
+            f"generation {generation.number}: its model was dropped to save space, or was damaged, and this edgecl merges "
+            "another one; roll back to one that is there, or `edgecl export` it"
         )

@@ -20,6 +20,7 @@ from .data import Example
 from .errors import DataError
 
 _NO_DIGIT = re.compile(r"[^0-9]")
+_COUNTING = "01234567890123456789"
 _FRACTION = re.compile(r"\+\d+\.\d+")
 _HEX = re.compile(r"(?:0x)?[0-9a-fA-F-]+")
 
@@ -37,9 +38,11 @@ def _is_iban(text: str) -> bool:
 
 
 def _is_phone(text: str) -> bool:
-    """Return whether there are as many digits as a phone number has, and they are neither binary nor a signed fraction."""
+    """Return whether there are as many digits as a phone number has, and none of them binary, counted up or a fraction."""
     digits = _NO_DIGIT.sub("", text)
-    return 9 <= len(digits) <= 15 and not set(digits) <= {"0", "1"} and not _FRACTION.fullmatch(text)
+    return (
+        9 <= len(digits) <= 15 and not set(digits) <= {"0", "1"} and digits not in _COUNTING and not _FRACTION.fullmatch(text)
+    )
 
 
 def _is_random(text: str) -> bool:
@@ -65,7 +68,7 @@ _RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (  # what an earlie
     ("key", r"(?<=(?i:bearer) )[\w.~+/=-]{15,}[\w=]", _has_digits),
     ("key", r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*", _always),  # a JSON web token
     ("key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}(?![\w-])", _always),
-    ("key", rf"\b(?:{_PREFIXES})[\w-]{{16,}}", _has_digits),
+    ("key", rf"\b(?:{_PREFIXES})[\w-]{{16,}}|\bSG\.[\w-]{{16,}}\.[\w-]{{16,}}", _has_digits),
     ("key", r"(?<![\w+/.-])(?!sha\d{3}-)[A-Za-z0-9_+/-]{24,}={0,2}(?![\w+/-])", _is_random),
     ("e-mail", r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w(\[]|\.\w)", _always),
     ("IBAN", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", _is_iban),
@@ -73,7 +76,9 @@ _RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (  # what an earlie
     ("card", r"(?<![\w.-])(?:[4-6]\d{15}|2[2-7]\d{14}|3[47]\d{13})(?![\w-]|\.\d)", _is_card),
     ("phone", r"(?<![\w.)+-])\+[1-9]\d{0,14}(?:[ ./-]?\(\d{1,5}\)\d{0,12}|[ ./-]\d{1,14}){0,7}(?![\w-])", _is_phone),
     ("phone", r"(?<![\w.+/-])(?:1-)?(?:\(\d{3}\) ?\d{3}[ .-]|\d{3}-\d{3}-|\d{3}\.\d{3}\.)\d{4}(?![\w-]|\.\d)", _is_phone),
-    ("phone", r"(?<![\w.+/-])\(?0[1-9]\d{1,3}(?:\) ?|[ /-])[1-9]\d{2,7}(?:[ -]\d{2,5}){0,3}(?![\w-]|\.\d)", _is_phone),
+    ("phone", r"(?<![\w.+/-])\(?0[1-9]\d{1,3}(?:\) ?|[ /-])[1-9]\d{1,7}(?:[ -]\d{2,5}){0,4}(?![\w:-]|\.\d)", _is_phone),
+    ("phone", r"(?<![\w.+/-])(?:0[1-9](?:[ .-]\d\d){4}|0[1-9]\d{7,9})(?![\w:-]|\.\d)", _is_phone),
+    ("phone", r"(?<![\w.+/-])(?<!\d )00[1-9]\d{0,3}(?:[ /-]?\d{2,8}){2,5}(?![\w:-]|\.\d)", _is_phone),
 )
 _COMPILED = [(kind, re.compile(expression), check) for kind, expression, check in _RULES]
 _PLACEHOLDER = re.compile(r"\[(?:e-mail|phone|card|IBAN|key)\]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .data import Example
@@ -33,6 +33,14 @@ class Added:
     duplicates: int = 0
     replaced: int = 0
     heldout: int = 0
+
+
+@dataclass
+class ObserveReport(Added):
+    """What `observe` did; `bad`: (line number, reason) of what was not kept; `redacted`: placeholders by kind."""
+
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    redacted: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,15 @@ def anchor_pieces(vocab: Any) -> list[list[int]]:
     return pieces[:: math.ceil(len(pieces) / MAX_ANCHORS)]
 
 
+def load_stage(request: Request, report: Report) -> Request:
+    """Load a model and compute one token."""
+    from .engine import Engine
+
+    with Engine(request["model"], None, **request["engine"]) as engine:
+        list(engine.generate([0], 1))
+    return {}
+
+
 def write_stage(request: Request, report: Report) -> Request:
     """Have models write rows to rehearse: what they might be asked, and what they answer."""
     from .engine import Engine, write_rows
@@ -110,7 +119,7 @@ def write_stage(request: Request, report: Report) -> Request:
 def train_stage(request: Request, report: Report) -> Request:
     """Train tonight's adapter; write it as GGUF and as a PEFT folder."""
     from .engine import VocabFile
-    from .train import LatentStore, Night, TrainRow, train
+    from .train import DamagedCheckpointError, LatentStore, Night, TrainRow, train
 
     with GgufFile(request["base"]) as gguf:
         with VocabFile(gguf.path) as vocab:
@@ -135,15 +144,16 @@ def train_stage(request: Request, report: Report) -> Request:
                 base_sha256=request["base_sha256"],
                 stop=told.is_set,
             )
-            adapter, result = train(
-                gguf,
-                new,
-                replay,
-                TrainSettings(**request["settings"]),
-                Profile(**request["limits"]),
-                night,
-                lambda done, total, loss: report(done, total, f"loss {loss:.3f}"),
-            )
+            settings, limits = TrainSettings(**request["settings"]), Profile(**request["limits"])
+
+            def say(done: int, total: int, loss: float) -> None:
+                report(done, total, f"loss {loss:.3f}")
+
+            try:
+                adapter, result = train(gguf, new, replay, settings, limits, night, say)
+            except DamagedCheckpointError:  # nobody may be there to move it away, and only time is lost
+                (runs / "checkpoint.safetensors").unlink()
+                adapter, result = train(gguf, new, replay, settings, limits, night, say)
         adapter.base_sha256 = request["base_sha256"]
         write_gguf_adapter(request["adapter_gguf"], adapter)
         write_peft_adapter(request["adapter_peft"], adapter, gguf)
@@ -201,6 +211,7 @@ def bench_stage(request: Request, report: Report) -> Request:
 
 
 STAGES = {
+    "load": load_stage,
     "write": write_stage,
     "train": train_stage,
     "merge": merge_stage,

@@ -22,9 +22,9 @@ from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Progress, run_stage
 from .data import Example, parse_lines
-from .errors import DataError
+from .errors import DataError, translated
 from .generations import Generation, unpublished
-from .learner import Learner, translated
+from .learner import Learner
 from .metrics import (
     FloatArray,
     average_accuracy,

@@ -25,7 +25,7 @@ from .errors import EdgeclError, NotNow, SettingError
 from .profile import resource_folder
 
 KINDS = ("service", "timer")
-CRON_TRIES = 90  # a quarter of an hour apart: the last one ends before the next night
+CRON_TRIES = 90  # a quarter of an hour apart: not quite a day
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def install(home: Path, at: str = "03:30") -> Schedule:
     hour, minute = map(int, at.split(":"))
     name, at = unit_name(home), f"{hour:02d}:{minute:02d}"
     if _has_systemd():
-        _set_cron_line(name, "")
         _install_units(home, name, at)
+        _set_cron_line(name, "")
     elif shutil.which("crontab"):
         _set_cron_line(name, f"{minute} {hour} * * * {cron_command(home)}")
+        _delete_units(name)  # of a systemd that was there once, or is not reached from here
     else:
         raise EdgeclError("neither a systemd of this user nor crontab was found; have `edgecl nightly` run another way")
     return status(home)
@@ -124,14 +125,11 @@ def remove(home: Path) -> Schedule:
         EdgeclError: systemd or crontab failed.
     """
     before = status(home)
-    files = [_unit_folder() / f"{before.name}.{kind}" for kind in KINDS]
-    if any(path.is_file() for path in files):
+    if any(path.is_file() for path in _unit_files(before.name)):
         if _has_systemd():
             _systemctl("disable", "--now", f"{before.name}.timer")
             _systemctl("stop", f"{before.name}.service")  # a night that runs yields; none is tried again
-        (_unit_folder() / "timers.target.wants" / f"{before.name}.timer").unlink(missing_ok=True)
-        for path in files:
-            path.unlink(missing_ok=True)
+        _delete_units(before.name)
         if _has_systemd():
             _systemctl("daemon-reload")
     _set_cron_line(before.name, "")
@@ -166,23 +164,35 @@ def _unit_folder() -> Path:
     return Path.home() / ".config/systemd/user"
 
 
+def _unit_files(name: str) -> list[Path]:
+    return [_unit_folder() / f"{name}.{kind}" for kind in KINDS]
+
+
+def _delete_units(name: str) -> None:
+    for path in (_unit_folder() / "timers.target.wants" / f"{name}.timer", *_unit_files(name)):
+        path.unlink(missing_ok=True)
+
+
 def _has_systemd() -> bool:
     return bool(shutil.which("systemctl")) and _run("systemctl", "--user", "show", "--property=Version").returncode == 0
 
 
 def _install_units(home: Path, name: str, at: str) -> None:
+    before = {path: path.read_text("utf-8") for path in _unit_files(name) if path.is_file()}
     try:
         _unit_folder().mkdir(parents=True, exist_ok=True)
-        for kind in KINDS:
-            write_atomic(_unit_folder() / f"{name}.{kind}", unit_text(kind, home, at))
+        for kind, path in zip(KINDS, _unit_files(name), strict=True):
+            write_atomic(path, unit_text(kind, home, at))
     except (OSError, ConvertError) as error:
         raise EdgeclError(f"{_unit_folder()}: the units cannot be written: {error}") from None
     try:
         _systemctl("daemon-reload")
         _systemctl("enable", "--now", f"{name}.timer")
     except EdgeclError:
-        for kind in KINDS:
-            (_unit_folder() / f"{name}.{kind}").unlink(missing_ok=True)
+        if not before:
+            _delete_units(name)
+        for path, text in before.items():  # the nights that were scheduled go on
+            write_atomic(path, text)
         raise
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from edgecl.audit import Finding, audit
+from edgecl.cli import cli
 from edgecl.generations import Generations, Manifest, now, sha256_file
 from edgecl.profile import Settings
 
@@ -48,6 +50,14 @@ def findings(home: Path, keep: int = KEEP) -> list[tuple[str, str]]:
 def rewrite(home: Path, number: int, **changed: Any) -> None:
     path = home / f"generations/{number:04d}/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def test_a_damaged_store_is_no_reason_to_check_nothing(home: Path) -> None:
+    (home / "replay.db").write_bytes(b"SQLite format 3\0, or not")
+    done = CliRunner().invoke(cli, ["--home", str(home), "verify"])
+    assert done.exit_code == 0 and "5 generations" in done.output and done.output.endswith("sound\n")
+    done = CliRunner().invoke(cli, ["--home", str(home / "no"), "verify"])
+    assert done.exit_code == 1 and "is not a learner's home" in str(done.exception)
 
 
 def test_a_home_as_nights_leave_it_is_sound(home: Path) -> None:

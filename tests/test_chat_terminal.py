@@ -251,6 +251,7 @@ def test_each_answer_is_an_object_with_json(home: Path) -> None:
 def test_what_cannot_be_done_is_one_line_each_and_the_rest_goes_on(home: Path) -> None:
     bad = {
         b"/good": "ask something first",
+        b"/Good": "ask something first",
         b"/undo": "nothing was accepted",
         b"/good morning": "/good takes nothing behind it, got morning",
         b"/fix": "the right answer is missing",

@@ -1,6 +1,7 @@
 """Stages in real child processes: results, progress, and every way in which a child can end badly."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_a_stage_returns_its_result_and_its_peak_memory_and_reports_progress(bas
     assert seen and seen[-1] == ("merge", n_tensors, n_tensors, "")
     assert [done for _, done, _, _ in seen] == sorted({done for _, done, _, _ in seen})
     assert 10_000_000 < peak < 4_000_000_000
+    assert not children()
+
+
+def test_a_watch_that_fails_ends_its_stage(slow_base: Path, tmp_path: Path) -> None:
+    asked = iter([""])
+
+    def stop() -> str:
+        return next(asked)  # StopIteration from the second time on
+
+    with pytest.raises(StageError, match=r"^merge: its watch failed: StopIteration: $"):
+        run_stage("merge", request(slow_base, tmp_path / "out.gguf", quant="Q4_K"), replace(PLENTY, stop=stop))
     assert not children()
 
 

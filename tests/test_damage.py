@@ -132,15 +132,40 @@ def test_a_home_on_a_read_only_disk_is_one_line_that_says_what_to_do(home: Path)
 # --- files that serve -------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_model_is_not_served_and_a_rollback_helps(home: Path) -> None:
+def test_a_damaged_model_is_not_served_and_a_rollback_to_it_writes_it_again(home: Path) -> None:
+    whole = model_of(home).read_bytes()
     flip_last_bit(model_of(home))
     with Learner(home) as learner:
         learner.observe(rows(1, first=50))
-        for attempt in (lambda: learner.ask("say 1", 2), lambda: learner.adapt(), lambda: learner.rollback(1)):
-            with pytest.raises(GenerationError, match=r"model-Q8_0\.gguf was changed since it was published; .*rollback"):
+        for attempt in (lambda: learner.ask("say 1", 2), lambda: learner.adapt()):
+            with pytest.raises(GenerationError, match=r"model-Q8_0\.gguf was changed .*; `edgecl rollback 1` writes it again"):
                 attempt()
+        assert learner.rollback(1).number == 1
+        learner.ask("say 1", 2)
+        assert model_of(home).read_bytes() == whole
+        flip_last_bit(model_of(home)), flip_last_bit(home / "generations/0001/adapter.gguf")
+        with pytest.raises(GenerationError, match=r"adapter\.gguf was changed .*; restore it, or `edgecl rollback N`"):
+            learner.rollback(1)
         assert learner.rollback().number == 0
         learner.ask("say 1", 2)
+
+
+def test_a_base_that_rots_on_disk_is_not_served_whatever_its_time_stamp_says(made: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copy(made.parent / "tiny.gguf", tmp_path))
+    with Learner.init(base, tmp_path / "home") as learner:
+        stat = base.stat()
+        flip_last_bit(base)
+        os.utime(base, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with pytest.raises(GenerationError, match=r"base .*tiny\.gguf has sha256"):
+            learner.ask("say 1", 2)
+
+
+def test_a_model_that_llama_cpp_cannot_load_is_no_base(made: Path, tmp_path: Path) -> None:
+    base = tmp_path / "odd.gguf"
+    base.write_bytes((made.parent / "tiny.gguf").read_bytes().replace(b"blk.0.ffn_norm.weight", b"blk.0.ffn_nork.weight"))
+    done = CliRunner().invoke(cli, ["--home", str(tmp_path / "home"), "init", str(base)])
+    assert done.exit_code == 1 and one_line(str(done.exception), "odd.gguf", "llama.cpp could not load this model")
+    assert not (tmp_path / "home/edgecl.toml").exists()
 
 
 def test_a_model_that_is_damaged_while_it_serves_is_noticed_at_the_next_switch(home: Path) -> None:

@@ -108,8 +108,8 @@ def test_the_terminal_that_was_read_last_tells_since_when_nobody_types(tmp_path:
     assert sensors.read(tmp_path).idle_s == 1_000
     put_file(tmp_path, "sys/class/tty/console/active", "tty0 ttyAMA0")  # the serial line is the console
     assert sensors.read(tmp_path).idle_s == 1
-    terminal(tmp_path, "pts/3", 10_500)  # the clock was set back
-    assert sensors.read(tmp_path).idle_s == 0
+    terminal(tmp_path, "pts/3", 10_500)  # the clock was set back, nobody knows by how much
+    assert sensors.read(tmp_path).idle_s == 1
 
 
 def interrupts(root: Path, keys: int = 9, disk: int = 5, pad: int = 2) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def learner(tmp_path: Path, one_thread: None) -> Any:
 def served(path: Path) -> np.ndarray[Any, Any]:
     with Engine(path, None, n_ctx=64, n_threads=1, kv_type=GGML_TYPE_F32) as engine:
         return engine.logits(IDS)
+
+
+def test_no_export_replaces_the_base(learner: Learner, tmp_path: Path) -> None:
+    base = Path(learner.settings.base).rename(tmp_path / "model.gguf")
+    learner.settings = replace(learner.settings, base=str(base))
+    before = base.read_bytes()
+    for form in ("gguf", "ollama"):
+        with pytest.raises(SettingError, match=r"model\.gguf is this home's base, which an export would replace"):
+            export(learner, form, tmp_path, force=True)
+    assert base.read_bytes() == before
 
 
 # --- what other programs make of it -----------------------------------------------------------------------------------

@@ -171,6 +171,20 @@ def test_a_night_interrupted_five_times_at_random_ends_with_the_same_adapter(tmp
     assert adapters[0] == adapters[1]
 
 
+def test_a_night_whose_checkpoint_is_damaged_trains_from_the_start(
+    home: Path, whole: tuple[Path, AdaptReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Learner(home) as learner:
+        with monkeypatch.context() as patch:
+            Sitting(learner, "steps", patch).run()
+        path = home / "runs/checkpoint.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        report = learner.adapt()
+    assert report.accepted and report.train["resumed_at"] == 0
+    adapters = [(folder / "generations/0001/adapter.gguf").read_bytes() for folder in (home, whole[0])]
+    assert adapters[0] == adapters[1]
+
+
 def test_rows_that_were_written_for_another_night_are_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
     with Learner(home) as learner:
@@ -294,9 +308,29 @@ def test_a_night_does_not_begin_before_the_machine_is_free(tmp_path: Path, base:
         with pytest.raises(NotNow, match=r"^not now: on battery; 1\.0 GB of memory are free, a night may take 1\.5") as caught:
             nightly(learner, machine.sensors, progress=lambda *_: pytest.fail("a child ran"))
         assert caught.value.exit_code == 75 and not (learner.home / "runs").exists()
+        tried = learner.status()["last_try"]
+        assert tried["reason"] == str(caught.value) and (learner.home / "last-try.json").stat().st_mode & 0o777 == 0o600
         learner.store.drop("pending")
         with pytest.raises(NothingToLearn):  # whatever the machine says
             nightly(learner, machine.sensors)
+
+
+def test_who_types_between_two_tries_puts_the_second_off_and_a_night_ends_the_note(tmp_path: Path, base: Path) -> None:
+    machine, home = Machine(tmp_path / "machine"), make_home(tmp_path, base, CAREFUL)
+    machine.put(*PULLED[:2])
+    with Learner(home) as learner:
+        for change, reason in ((PULLED, "not now: on battery"), (TYPED, "not now: somebody was at the keyboard 0 minutes ago")):
+            machine.put(*change[:2])
+            with pytest.raises(NotNow, match=rf"^{reason}"):
+                nightly(learner, Sensors(machine.root, clock=lambda: machine.now))
+            machine.put(PULLED[0], "1")
+            machine.now += 15 * 60
+        assert run(home, "status")[1].count("last try    ") == 1
+        assert nightly(learner, Sensors(machine.root, clock=lambda: machine.now)).accepted
+        assert learner.status()["last_try"] is None
+    (home / "last-try.json").write_text('{"at": 1, "reason": 2, "keyboard": {"inputs": 3, "moved_at": "x"}}')
+    with Learner(home) as learner, pytest.raises(NothingToLearn):
+        nightly(learner, machine.sensors)
 
 
 def test_the_disk_that_a_night_needs_is_what_it_fills_at_most(whole: tuple[Path, AdaptReport]) -> None:

@@ -172,6 +172,19 @@ def test_what_is_forgotten_is_in_no_file_any_more(home: Path) -> None:
     assert SECRET.encode() not in all_bytes(home)
 
 
+def test_rows_that_go_on_with_a_forgotten_chat_are_named(home: Path) -> None:
+    chat = [("user", "who is it?"), ("assistant", SECRET), ("user", "and where?"), ("assistant", "here")]
+    with Learner(home) as learner:
+        learner.observe(
+            [Example(tuple(chat[:2])), Example(tuple(chat)), Example((("user", "who else?"), ("assistant", SECRET)))]
+        )
+        first, second = sorted(ids(learner, "who is it"))
+    done = edgecl(home, first)
+    assert done.exit_code == 0 and f"rows {second} go on with a forgotten chat and hold its text, too" in done.output
+    done = edgecl(home, second, "--json")
+    assert json.loads(done.output)["going_on"] == []
+
+
 def test_pages_that_were_joined_keep_no_copy_of_a_row_that_is_gone(tmp_path: Path) -> None:
     draw, made = random.Random(7), itertools.count()  # with this seed SQLite 3.40 keeps a copy, secure_delete or not
     with Store(tmp_path / "replay.db") as store:

@@ -37,7 +37,7 @@ LAYERS = (
         "imports",
         "rows",
     },
-    {"train", "engine", "store", "generations", "device", "timer"},
+    {"train", "engine", "store", "generations", "device", "timer", "tries"},
     {
         "measure",
         "night",

@@ -177,6 +177,13 @@ def test_what_systemd_refuses_is_one_line_and_leaves_nothing(
     with pytest.raises(EdgeclError, match=rf"^systemctl --user {broken}.* failed: Failed: {broken}$"):
         timer.install(home)
     assert units(tmp_path) == {}
+    monkeypatch.setenv("BROKEN", "")
+    timer.install(home, "01:00")
+    before = units(tmp_path)
+    monkeypatch.setenv("BROKEN", broken)
+    with pytest.raises(EdgeclError, match=rf"Failed: {broken}$"):
+        timer.install(home, "02:00")
+    assert units(tmp_path) == before
 
 
 # --- cron -------------------------------------------------------------------------------------------------------------
@@ -271,6 +278,10 @@ def test_a_home_that_moves_from_cron_to_systemd_has_one_night(
     timer.install(home)
     monkeypatch.setenv("BROKEN", "")
     assert timer.install(home).by == "systemd" and table(only_cron) == b""
+    monkeypatch.setenv("BROKEN", "show")  # as from a shell that does not reach the user's systemd
+    assert timer.install(home, "05:00") == timer.status(home) == timer.Schedule("cron", timer.unit_name(home), "05:00")
+    monkeypatch.setenv("BROKEN", "")
+    timer.install(home)
     monkeypatch.setenv("CRON_SAYS", "you are not allowed to use this program (crontab)")
     assert timer.remove(home).by == "systemd" and timer.status(home).by == ""
 

@@ -18,11 +18,12 @@ import click
 from ..chat import Chat, Turn
 from ..data import DEFAULT_TASK
 from ..errors import DataError, EdgeclError
-from ..learner import Learner, ObserveReport
+from ..learner import Learner
+from ..rows import ObserveReport
 from .day import print_status
 from .output import WordWrap, json_option, print_json, redaction, safe
 
-_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
+_COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
 PASTE_GAP_S = 0.05  # lines of a paste come closer together than this, and typed ones do not
 HELP = """\
 /good        the last answer is right: it is learned in the next night
@@ -140,7 +141,7 @@ class _Conversation:
             if text.strip() == "/quit":
                 return False
             if command := _COMMAND.fullmatch(text.rstrip()):
-                self._obey(command[1], command[2] or "")
+                self._obey(command[1].lower(), command[2] or "")
             elif text.strip():
                 self._say(text)
         except EOFError:

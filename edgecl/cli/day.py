@@ -9,12 +9,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ..device import propose_profile
+from ..device import memory_bytes, propose_profile
 from ..errors import DataError
 from ..imports import read_history
 from ..learner import Learner
 from ..profile import PRECISIONS
-from .output import console, json_option, print_json, redaction, safe
+from .output import console, json_option, print_json, redaction, safe, size
 
 
 @click.command()
@@ -32,9 +32,13 @@ def init(
 ) -> None:
     """Make a home for MODEL: a GGUF file, a Hugging Face folder, or `smollm2`, the packaged one."""
     proposed, machine = propose_profile()
-    name = profile or proposed
+    name, memory = profile or proposed, memory_bytes()
     with Learner.init(model, home, quant=quant, precision=precision or "", profile=name, force=force) as learner:
         status = learner.status() | {"profile": name}
+        asked = learner.profile.ram_bytes
+    if memory and memory < asked:
+        has = f"a night may take {size(asked)} of memory (ram_bytes in {name}), and the machine has {size(memory)}"
+        click.echo(safe(f"{has}: nightly waits for as much to be free; give --profile a copy with less"), err=True)
     if as_json:
         print_json(status)
         return
@@ -123,12 +127,14 @@ def print_status(facts: dict[str, Any]) -> None:
     out.print(f"home        {safe(facts['home'])}")
     out.print(f"serves      generation {facts['generation']} ({safe(facts['served'])}), quant {facts['quant']}")
     out.print(f"on disk     generations {', '.join(map(str, facts['generations']))}")
-    last = facts["last_night"]
+    last, tried = facts["last_night"], facts["last_try"]
     if last:
         outcome = f"published generation {last['generation']}" if last["accepted"] else "refused"
         out.print(f"last night  {last['started']}: {outcome}{': ' + safe(last['reason']) if last['reason'] else ''}")
     else:
         out.print("last night  there was none yet")
+    if tried and (not last or tried["at"] > last["started"]):
+        out.print(f"last try    {safe(str(tried['at']))}: {safe(str(tried['reason']))}")
     if facts["tasks"]:
         table = Table("task", "pending", "replay", "held out", "archive", box=None, pad_edge=False)
         for task, roles in facts["tasks"].items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..forget import Rebuild, find, forget, plan, retrain
+from ..forget import Rebuild, find, forget, going_on, plan, retrain
 from ..learner import Learner
 from ..rows import Stored
 from .night import REFUSED, print_report
@@ -48,6 +48,7 @@ def forget_rows(
         if dry_run:
             _print_rows(rows, as_json)
             context.exit(0 if rows else 1)
+        more = going_on(learner, rows)
         numbers = forget(learner, ids or [row.id for row in rows])
         rebuild = plan(learner)
         if again and (rebuild or not (ids or searched)):
@@ -57,6 +58,7 @@ def forget_rows(
         print_json(
             {
                 "rows": [_facts(row) for row in rows],
+                "going_on": more,
                 "generations": numbers,
                 "rebuild": rebuild and asdict(rebuild),
                 "rebuilt": again and rebuild is not None,
@@ -65,6 +67,8 @@ def forget_rows(
     else:
         if ids or searched:
             _print_forgotten(rows, numbers, searched)
+            if more:
+                click.echo(f"not gone    rows {', '.join(map(str, more))} go on with a forgotten chat and hold its text, too")
         if rebuild and again:
             _print_rebuilt(rebuild, serves)
         elif rebuild:
@@ -90,12 +94,14 @@ def _facts(row: Stored) -> dict[str, Any]:
 
 
 def _print_forgotten(rows: Sequence[Stored], numbers: Sequence[int], searched: bool) -> None:
+    gone = "rows that a night learned and did not keep are gone already: their text cannot be searched, nor who learned it"
+    if searched and not rows:
+        click.echo(f"0 rows forgotten; {gone}", err=True)
+        return
     roles = ", ".join(f"{n} {role}" for role, n in Counter(row.role for row in rows).items())
     click.echo(f"{len(rows)} rows forgotten{f': {roles}' if roles else ''}")
     if searched:
-        click.echo(
-            "rows that a night learned and did not keep are gone already: their text cannot be searched, nor who learned it"
-        )
+        click.echo(gone)
     if numbers:
         click.echo(f"learned by  {_generations(numbers)}, which teach no more; what serves may still say it")
 

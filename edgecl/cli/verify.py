@@ -7,7 +7,8 @@ from dataclasses import asdict
 import click
 
 from ..audit import audit
-from ..learner import Learner
+from ..places import open_home
+from ..profile import Settings
 from .output import json_option, print_json, safe, size
 
 
@@ -16,8 +17,8 @@ from .output import json_option, print_json, safe, size
 @click.pass_context
 def verify(context: click.Context, as_json: bool) -> None:
     """Check the base, every generation's files and their lineage against the manifests; exit code 1 if one differs."""
-    with Learner(context.obj) as learner:
-        report = audit(learner.home, learner.settings.keep_models)
+    home = open_home(context.obj)  # no learner is opened: a store that is damaged is no reason to check nothing
+    report = audit(home, Settings.read(home / "edgecl.toml").keep_models)
     if as_json:
         print_json(asdict(report) | {"sound": report.sound})
     else:

@@ -28,6 +28,10 @@ class CheckpointError(EdgeclError):
     """A checkpoint that cannot be read, or is of another base or version; it is left where it is."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that cannot be read."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a run depends on; `run` is a digest of settings, rows, their order and the adapter that it starts from."""
@@ -47,7 +51,8 @@ def read_checkpoint(path: Path, facts: Facts) -> Checkpoint | None:
     """Return tensors and progress of a checkpoint; None where there is none, or it is of another night of this base.
 
     Raises:
-        CheckpointError: it cannot be read, or is of another base or version.
+        DamagedCheckpointError: it cannot be read.
+        CheckpointError: it is of another base or version.
     """
     if not path.exists():
         return None
@@ -59,7 +64,7 @@ def read_checkpoint(path: Path, facts: Facts) -> Checkpoint | None:
         if header["digest"] != _digest(tensors, header["progress"]):
             raise ValueError("its numbers are damaged")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint: {error}; move it away to train from the start") from None
+        raise DamagedCheckpointError(f"{path} is not a checkpoint: {error}; move it away to train from the start") from None
     for name in ("version", "base_sha256"):
         if found.get(name) != getattr(facts, name):
             raise CheckpointError(

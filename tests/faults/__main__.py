@@ -66,9 +66,8 @@ class Ground:
     def unfinished(self) -> Path:
         return damage.interrupted(self.template, self._fresh("unfinished"))
 
-    @cached_property
-    def steps(self) -> list[str]:
-        return kills.steps_of_a_night(self.template, self._fresh("steps"))
+    def n_steps(self, *command: str) -> int:
+        return len(kills.steps_of(self.template, self._fresh("steps"), *command))
 
     @cached_property
     def night_s(self) -> float:
@@ -85,6 +84,10 @@ class Ground:
     def copy(self, title: str, n: int, run: Try) -> Kind:
         """Tries that each get a copy of the home."""
         return Kind(title, n, partial(_in_copy, self.template, run))
+
+    def steps(self, what: str, run: Try, *command: str) -> Kind:
+        """A try for each step that makes something durable of a command, which is killed before it."""
+        return self.copy(f"`kill -9` before each durable step of {what}", self.n_steps(*command), run)
 
     def signals(self, title: str, n: int, chain: int, who: str, how: int) -> Kind:
         """Nights that get a signal at `n` instants, so many in a row, and then one that is left alone."""
@@ -113,7 +116,9 @@ def _in_bulk(template: Path, what: str, n: int, i: int, folder: Path) -> Outcome
 
 KINDS: dict[str, Callable[[Ground], Kind]] = {
     "kill": lambda g: g.signals("`kill -9` of the whole night at random instants, five in a row", N_KILLS, 5, "group", 9),
-    "step": lambda g: g.copy("`kill -9` before each durable step of a night", len(g.steps), kills.killed_at_step),
+    "step": lambda g: g.steps("a night", kills.killed_at_step, "adapt", "--json"),
+    "rollback": lambda g: g.steps("`rollback`", kills.killed_in_rollback, *kills.ROLLBACK),
+    "forget": lambda g: g.steps("`forget`", kills.killed_in_forget, *kills.FORGET),
     "observe": lambda g: g.copy("`kill -9` before each durable step of `observe`", 2, kills.killed_while_observing),
     "alone": lambda g: g.signals("`kill -9` of the night's first process alone, three in a row", N_SIGNALS, 3, "alone", 9),
     "term": lambda g: g.signals("SIGTERM, three in a row", N_SIGNALS, 3, "alone", signal.SIGTERM),
@@ -125,13 +130,13 @@ KINDS: dict[str, Callable[[Ground], Kind]] = {
     "codes": lambda g: g.copy("control codes and markup in texts", 4, together.control_codes),
     "store": lambda g: g.copy("replay.db damaged, restored", N_FILES, damage.store),
     "anew": lambda g: g.copy("replay.db damaged, moved away", 2, damage.store_begun_anew),
-    "model": lambda g: g.copy("model that serves damaged, rolled back", N_FILES, damage.serving("model-*.gguf")),
+    "model": lambda g: g.copy("model that serves damaged, written again", N_FILES, damage.serving("model-*.gguf")),
     "adapter": lambda g: g.copy("adapter of what serves damaged, rolled back", N_FILES, damage.serving("adapter.gguf")),
     "earlier": lambda g: g.copy("adapter of an earlier generation damaged", 4, damage.earlier),
     "manifest": lambda g: g.copy("manifest damaged, rolled back or restored", 12, damage.manifest),
     "settings": lambda g: g.copy("edgecl.toml damaged, restored", N_FILES, damage.settings),
     "current": lambda g: g.copy("`current` damaged or gone, rolled back", len(damage.LINKS) + 2, damage.link),
-    "checkpoint": lambda g: Kind("checkpoint damaged, moved away", N_FILES, partial(_in_copy, g.unfinished, damage.checkpoint)),
+    "checkpoint": lambda g: Kind("checkpoint damaged", N_FILES, partial(_in_copy, g.unfinished, damage.checkpoint)),
     "gguf": lambda g: g.bulk("GGUF mutations, as a model and in place of what serves", "gguf", N_GGUF),
     **{
         f"read-{what}": lambda g, what=what: g.bulk(f"{what} mutations, read", what, N_OTHER)

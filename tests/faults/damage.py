@@ -88,7 +88,7 @@ def store_begun_anew(house: House, i: int) -> None:
 
 
 def serving(name: str) -> Callable[[House, int], None]:
-    """A file of the generation that serves is damaged: it does not serve, and a rollback helps."""
+    """A file of the generation that serves is damaged: it does not serve, and a rollback helps, for a model to itself."""
 
     def run(house: House, i: int) -> None:
         (path,) = (house.home / "generations/0002").glob(name)
@@ -98,7 +98,7 @@ def serving(name: str) -> Callable[[House, int], None]:
             house.find(f"a damaged {path.name} was served")
         if codes["adapt"] == 0:
             house.find(f"a night went on from a damaged {path.name}")
-        house.run("rollback", "1")
+        house.run("rollback", "2" if name.startswith("model") else "1")
         house.after()
 
     return run
@@ -133,12 +133,11 @@ def settings(house: House, i: int) -> None:
 
 
 def checkpoint(house: House, i: int) -> None:
-    """The checkpoint of an unfinished night is damaged: the night says so, and the next one goes on without it."""
+    """The checkpoint of an unfinished night is damaged: the night trains from the start."""
     path = house.home / "runs/checkpoint.safetensors"
     damage(path, "checkpoint", i)
-    code = house.run("adapt", ok=(0, 1)).code
-    house.outcome.note("said so in a line" if code else "nothing noticed")
-    path.unlink(missing_ok=True)
+    ran = house.run("adapt", "--json")
+    house.outcome.note("trained from the start" if ran.code == 0 and not ran.json["train"]["resumed_at"] else "went on")
     house.after()
 
 

@@ -1,7 +1,8 @@
 """A home under test: real processes, real files, a tiny model; and what must hold after any fault.
 
 What was accepted is written down here, not taken from the store: every row must be in the store or named by a published
-generation that serves, or stands behind the one that does.
+generation that serves, or stands behind the one that does. A row that a generation had learned before the fault counts as
+kept, also where that generation is damaged and a user rolls back behind it: what only it had learned goes with it.
 """
 
 from __future__ import annotations

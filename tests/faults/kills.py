@@ -16,23 +16,51 @@ RECORD = 16  # bytes of a step, as hook/sitecustomize.py writes them
 HURRY = "hurry:100000"  # a checkpoint at every step
 
 
-def steps_of_a_night(template: Path, folder: Path) -> list[str]:
-    """Return what an undisturbed night does that makes something durable, in order."""
+ROLLBACK = ("rollback", "1")
+FORGET = ("forget", "--task", "echo")
+
+
+def steps_of(template: Path, folder: Path, *command: str) -> list[str]:
+    """Return what an undisturbed command does that makes something durable, in order."""
     house = House.copy(template, folder)
-    if house.run("adapt", "--json", fault=f"kill:0 {HURRY}").code:
-        raise RuntimeError(f"a night that only counts failed: {house.outcome.findings}")
+    if house.run(*command, fault=f"kill:0 {HURRY}").code:
+        raise RuntimeError(f"`{' '.join(command)}` that only counts failed: {house.outcome.findings}")
     data = (folder / "steps").read_bytes().decode()
     return [data[at : at + RECORD].strip() for at in range(0, len(data), RECORD)]
 
 
 def killed_at_step(house: House, i: int) -> None:
     """Kill the whole night right before its step i + 1."""
-    ran = house.start("adapt", "--json", fault=f"kill:{i + 1} {HURRY}")
+    _killed(house, i, "adapt", "--json")
+    _go_on(house)
+
+
+def killed_in_rollback(house: House, i: int) -> None:
+    """Kill `rollback` right before its step i + 1: one generation or the other serves, and a rollback is possible still."""
+    _killed(house, i, *ROLLBACK)
+    house.check()
+    house.run("rollback", "2")
+    house.after()
+
+
+def killed_in_forget(house: House, i: int) -> None:
+    """Kill `forget` right before its step i + 1: run again it ends, and nothing is left of the rows but what was learned."""
+    _killed(house, i, *FORGET)
+    house.run("status")
+    house.run(*FORGET, ok=(0, 1))
+    if rows := house.stored():
+        house.find(f"{len(rows)} forgotten rows are stored still")
+    house.accepted.clear()
+    house.observe(6)
+    house.after()
+
+
+def _killed(house: House, i: int, *command: str) -> None:
+    ran = house.start(*command, fault=f"kill:{i + 1} {HURRY}")
     ran.communicate()
     if ran.returncode != -signal.SIGKILL:
-        house.find(f"the night was to be killed at step {i + 1} and ended with {ran.returncode}")
+        house.find(f"`{command[0]}` was to be killed at step {i + 1} and ended with {ran.returncode}")
     house.outcome.note(f"before {(house.folder / 'steps').read_bytes()[RECORD * i :].decode().strip().split()[0]}")
-    _go_on(house)
 
 
 def killed_while_observing(house: House, i: int) -> None:
