@@ -31,7 +31,7 @@ from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import Anchor, anchors, losses
 from .optimizer import AdamW
-from .plan import Plan, Typical, plan_memory, plan_time
+from .plan import Plan, Typical, forget_kernels, plan_memory, plan_time
 from .schedule import learning_rate
 from .shape import read_shape
 from .weights import placement
@@ -156,6 +156,8 @@ class _Run:
         longest_text = max((len(ids) for ids in texts), default=0)
         shape = read_shape(gguf)
         plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, len(self.prefix), longest_text)
+        if plan.few_kernels:
+            forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
         self.decoder.checkpointing = plan.checkpointing
 

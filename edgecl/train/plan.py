@@ -7,8 +7,12 @@ fewer layers are trained.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -30,6 +34,9 @@ DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls bac
 # what kernels and the allocator keep, measured over nights of 300 rows without and with an anchor, which rides along every
 # other step and so doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
 KERNEL_BYTES = {torch.bfloat16: (150_000_000, 240_000_000), torch.float32: (100_000_000, 100_000_000)}
+FEW_KERNELS = 32  # that oneDNN keeps where memory is short: those of a step, instead of all
+FEW_KERNELS_BYTES = {torch.bfloat16: (130_000_000, 205_000_000), torch.float32: (100_000_000, 100_000_000)}
+FEW_KERNELS_COST = 1.05  # times as long: most are compiled anew in every step
 PART_TOKENS = 128  # one more part of a step takes as long as multiplying with so many tokens: small products are slow
 DECODING_TOKENS = {torch.bfloat16: 140, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
@@ -47,6 +54,7 @@ class Plan:
         n_resident: so many layers, those nearest the head, stay decoded; resident_head: and whether the head does.
         checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
         micro_tokens: of the parts that a step is split into.
+        few_kernels: whether oneDNN forgets its kernels from step to step.
         peak_rss_bytes, seconds: what the night will take; 0 seconds: not measured yet.
     """
 
@@ -56,6 +64,7 @@ class Plan:
     resident_head: bool
     checkpointing: bool
     micro_tokens: int
+    few_kernels: bool
     peak_rss_bytes: int
     seconds: float = 0.0
 
@@ -107,19 +116,20 @@ def plan_memory(
     first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
     least = 0
-    for checkpointing in (False, True):
+    for checkpointing, few in itertools.product((False, True), (False, True)):
         for parts in (1, 2, 4, 8):
             micro = max(min(MICRO_TOKENS, step) // parts, longest)
             n_tokens = micro + n_prefix + n_anchor
             pairs = max(seen // parts, longest * longest)
-            sizes = Sizes(n_tokens, slots // parts, pairs, min(n_answers + max(n_anchor, n_asked), n_tokens), n_anchor > 0)
-            fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing)
+            sizes = Sizes(n_tokens, slots // parts, pairs, min(n_answers + max(n_anchor, n_asked), n_tokens))
+            kernels = (FEW_KERNELS_BYTES if few else KERNEL_BYTES)[place.dtype][n_anchor > 0]
+            fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing) + kernels
             least = min(least or fixed, fixed)
             if fixed > room:
                 continue
             n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
             held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
-            plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, fixed + held)
+            plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
             plans.append((_cost(shape, plan, step, DECODING_TOKENS[place.dtype]), plan))
     if not plans:
         wanted = int(least / (1 - SPARE)) + 1
@@ -142,7 +152,7 @@ def _cost(shape: Shape, plan: Plan, n_tokens: int, decoding: int) -> float:
     decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
     decoded += (not plan.resident_head) * shape.n_vocab * shape.width
     multiplied = (n_tokens + PART_TOKENS * (n_parts - 1)) * passes * n_trained * shape.layer_weights
-    return multiplied + decoding * decoded * n_parts
+    return (multiplied + decoding * decoded * n_parts) * (FEW_KERNELS_COST if plan.few_kernels else 1.0)
 
 
 def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> tuple[int, bool]:
@@ -166,11 +176,10 @@ class Sizes(NamedTuple):
     n_slots: int
     n_pairs: int
     n_predicted: int
-    is_anchored: bool
 
 
 def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, sizes: Sizes, checkpointing: bool) -> int:
-    """Return what training holds beside resident weights: adapter, activations, scratch, the head's parts, kernels."""
+    """Return what training holds beside resident weights and kernels: adapter, activations, scratch, the head's parts."""
     e, d, n_tokens = place.dtype.itemsize, shape.head_dim, sizes.n_tokens
     n_trained = shape.n_layer - first_layer
     n_adapter = (
@@ -182,7 +191,7 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
     kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = sizes.n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
-    return n_adapter * ADAPTER_BYTES + kept + scratch + head + KERNEL_BYTES[place.dtype][sizes.is_anchored]
+    return n_adapter * ADAPTER_BYTES + kept + scratch + head
 
 
 @dataclass(frozen=True)
@@ -262,6 +271,13 @@ def _seconds(work: Callable[[], None]) -> float:
     return min(times)
 
 
+def forget_kernels() -> None:
+    """Have oneDNN keep FEW_KERNELS; it reads that once, before its first product."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(FEW_KERNELS))
+
+
 def resident_set() -> int:
-    """Return the bytes of memory that this process holds."""
+    """Return the bytes of memory that this process holds, after it has given back what is free where its libc can do that."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     return int(psutil.Process().memory_info().rss)
