@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def restore(generation: Generation, base: str, limits: Limits, progress: Progres
         GenerationError: what comes out is not what served, or base + adapter served and the adapter is gone or was changed.
         EdgeclError: as `rebuild`.
     """
+    if not generation.number:
+        return
     if generation.adapter or generation.model.is_file():
         try:
             check_files(generation)
@@ -44,8 +47,12 @@ def restore(generation: Generation, base: str, limits: Limits, progress: Progres
         except GenerationError:
             if generation.adapter:
                 raise
-    if not rebuild(generation, base, generation.model, limits, progress):
-        generation.model.unlink()
+    again = generation.folder.parents[1] / "runs/.model.tmp"  # where drafts are cleared of what a crash leaves
+    again.parent.mkdir(mode=0o700, exist_ok=True)
+    if rebuild(generation, base, again, limits, progress):
+        os.replace(again, generation.model)
+    else:
+        again.unlink()
         raise GenerationError(
             f"generation {generation.number}: its model was dropped to save space, or was damaged, and this edgecl merges "
             "another one; roll back to one that is there, or `edgecl export` it"

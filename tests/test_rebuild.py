@@ -47,9 +47,13 @@ def test_what_cannot_be_written_again_as_it_was_does_not_serve(learner: Learner)
     path = first.folder / "manifest.json"
     files = first.manifest.files | {first.model.name: "0" * 64}
     path.write_text(json.dumps(replace(Manifest(**json.loads(path.read_text())), files=files).__dict__))
-    with pytest.raises(GenerationError, match="was dropped to save space, and this edgecl merges another one"):
+    with pytest.raises(GenerationError, match="was dropped to save space, or was damaged, and this edgecl merges another"):
         learner.rollback(1)
     assert learner.generations.current().number == 2 and not first.model.exists()
+    first.model.write_bytes(b"of an earlier edgecl, or damaged")
+    with pytest.raises(GenerationError, match="merges another"):
+        learner.rollback(1)
+    assert first.model.read_bytes() == b"of an earlier edgecl, or damaged" and not list(learner.home.rglob(".*.tmp"))
     (first.folder / "adapter.gguf").write_bytes(b"GGUF")
     with pytest.raises(GenerationError, match=r"adapter\.gguf was changed since it was published"):
         learner.rollback(1)
