@@ -72,8 +72,6 @@ def export(
         raise SettingError("generation 0 is the base and has no adapter; export another --generation, or --to gguf")
     report = ExportReport(to, str(folder), generation.number)
     _make_folder(learner, folder, force)
-    if (folder / MODEL).exists() and (folder / MODEL).samefile(learner.settings.base):
-        raise SettingError(f"{folder / MODEL} is this home's base, which an export would replace; choose another folder")
     with translated(), _disk_errors(folder), tempfile.TemporaryDirectory(prefix=".edgecl-", dir=folder) as name:
         draft = Path(name)
         if to == "peft":
@@ -101,6 +99,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 def _make_folder(learner: Learner, folder: Path, force: bool) -> None:
     if folder.resolve().is_relative_to(learner.home.resolve()):
         raise SettingError(f"{folder} is inside the home, which holds what nights made alone; choose another folder")
+    if (folder / MODEL).resolve() == Path(learner.settings.base).resolve():
+        raise SettingError(f"{folder / MODEL} is this home's base, which an export would replace; choose another folder")
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not force and next(folder.iterdir(), None):

@@ -97,8 +97,8 @@ class Learner:
         """
         place = Path(home) if home else default_home()
         path = find_model(model)
-        wanted = load_profile(profile).quant
-        quant = served_at(precision) if precision else quant or wanted
+        limits = load_profile(profile)
+        quant = served_at(precision) if precision else quant or limits.quant
         with translated(), open_source(path) as source:
             check_architecture(source)
             resolve_quant(quant, source)
@@ -121,7 +121,7 @@ class Learner:
             if base != path:
                 with translated(), open_source(path) as source:
                     merge(source, None, base, written)
-            _check_loads(base, load_profile(profile))
+            _check_loads(base, limits)
             if exists:
                 for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
                     (place / old).unlink(missing_ok=True)

@@ -47,8 +47,9 @@ def nightly(
         EdgeclError: a stage failed; yesterday's model serves still, no row is lost, and the history has reason and log.
     """
     sensors = sensors or Sensors()
-    with suppress(KeyError, TypeError):  # there was no try before, or its note is none
-        sensors.recall((last_try(learner.home) or {})["keyboard"])
+    if note := last_try(learner.home):
+        with suppress(KeyError, TypeError):  # the note is none
+            sensors.recall(note["keyboard"])
     try:
         report = _sitting(learner, _Contract(learner, sensors, told), progress)
     except NotNow as error:

@@ -25,7 +25,8 @@ from .errors import EdgeclError, NotNow, SettingError
 from .profile import resource_folder
 
 KINDS = ("service", "timer")
-CRON_TRIES = 90  # a quarter of an hour apart: not quite a day
+AGAIN_MINUTES = 15  # after a night that was not due, or yielded; RestartSec of the service
+CRON_TRIES = 90  # not quite a day
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def status(home: Path) -> Schedule:
         ran = _properties(f"{name}.service", "Result", "SubState", "ExecMainStatus", "ExecMainExitTimestamp")
         last = f"{ran['Result']}, exit code {ran['ExecMainStatus']}, {ran['ExecMainExitTimestamp']}"
         if ran["SubState"] == "auto-restart":
-            last += ", tried again every 15 minutes"
+            last += f", tried again every {AGAIN_MINUTES} minutes"
         return Schedule(
             "systemd",
             name,
@@ -219,7 +220,7 @@ def cron_command(home: Path) -> str:
     """
     quoted = " ".join(shlex.quote(word).replace("%", "''\\%") for word in _command(home))
     night = f"PYTHONSAFEPATH=1 nice -n 19 {quoted}"
-    again = f"[ $? -eq {NotNow.exit_code} ] && sleep 900 && crontab -l | grep -q {unit_name(home)} || break"
+    again = f"[ $? -eq {NotNow.exit_code} ] && sleep {60 * AGAIN_MINUTES} && crontab -l | grep -q {unit_name(home)} || break"
     return f"for i in $(seq {CRON_TRIES}); do {night}; {again}; done"
 
 

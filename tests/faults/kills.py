@@ -14,8 +14,6 @@ from .house import House
 
 RECORD = 16  # bytes of a step, as hook/sitecustomize.py writes them
 HURRY = "hurry:100000"  # a checkpoint at every step
-
-
 ROLLBACK = ("rollback", "1")
 FORGET = ("forget", "--task", "echo")
 
