@@ -24,7 +24,7 @@ from .data import Example, parse_lines
 from .errors import EdgeclError, GenerationError, NothingToLearn, SettingError, StageError, translated
 from .generations import Generation, Generations, Manifest, check_files, now, sha256_file
 from .lock import night_lock
-from .measure import Meter, by_task
+from .measure import KLD, Meter, by_task
 from .night import AdaptReport, Night
 from .places import default_home, find_model, open_home
 from .profile import PRECISIONS, Profile, Settings, load_profile, served_at
@@ -298,6 +298,7 @@ class Learner:
             "tasks": by_task(scores, rows),
             "prose_nats": prose,
             "prose_nats_base": meter.measure(self.generations.load(0), [])[1],
+            "prose_kld": scores[KLD].loss_nats,
             "latency": self.bench(generation.number, progress),
         }
 

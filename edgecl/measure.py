@@ -14,7 +14,7 @@ from .generations import Generation, check_files
 from .rows import Scored
 from .store import Store
 
-PROSE = "prose"  # the row name under which the windows of unrelated prose are remembered
+PROSE, KLD = "prose", "prose, KLD to the base"  # the row names under which what was measured on unrelated prose is remembered
 
 
 def record_of(example: Example) -> list[Any]:
@@ -53,17 +53,17 @@ class Meter:
         self.texts: dict[tuple[str, str], str] = {}
 
     def scores(self, generation: Generation, rows: Sequence[Example], prose: bool = False) -> dict[str, Scored]:
-        """Return the score of each row by its hash; with `prose`, that of the shipped prose under PROSE.
+        """Return the score of each row by its hash; with `prose`, those of the shipped prose under PROSE and KLD.
 
         Raises:
             EdgeclError: the model cannot be loaded, or the child failed.
         """
         by_hash = {row.hash: row for row in rows}
-        wanted = [*by_hash, PROSE] if prose else list(by_hash)
+        wanted = [*by_hash, PROSE, KLD] if prose else list(by_hash)
         known = self._store.scores(generation.hash, wanted)
         if len(known) < len(wanted):
             missing = [row for key, row in by_hash.items() if key not in known]
-            fresh = self._run(generation, missing, prose and PROSE not in known)
+            fresh = self._run(generation, missing, prose and not {PROSE, KLD} <= known.keys())
             self._store.add_scores(generation.hash, fresh)
             known |= {score.hash: score for score in fresh}
         return known
@@ -96,5 +96,5 @@ class Meter:
             out.append(Scored(row.hash, row.task, correct, loss, n_tokens))
             self.texts[generation.hash, row.hash] = text
         if prose:
-            out.append(Scored(PROSE, "", True, float(np.mean(result["prose"])), len(result["prose"])))
+            out += [Scored(name, "", True, result["prose"][key], 0) for name, key in ((PROSE, "nats"), (KLD, "kld"))]
         return out

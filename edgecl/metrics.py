@@ -1,8 +1,8 @@
 """Continual-learning metrics over a stream's accuracy matrix, and paired intervals.
 
 ACC compares recipes at the end of a stream; BWT says whether earlier tasks suffered or gained; FWT whether later tasks start
-better; forgetting how far each earlier task fell from its best. Row i of the matrix holds the scores on all tasks after
-night i; column j is task j.
+better; forgetting how far each earlier task fell from its best; plasticity how well a task was learned in its own night, and
+retention how much of that is left. Row i of the matrix holds the scores on all tasks after night i; column j is task j.
 """
 
 from __future__ import annotations
@@ -104,6 +104,33 @@ def forgetting(scores: FloatArray) -> float:
     return float(np.mean([matrix[j:-1, j].max() - matrix[-1, j] for j in range(n - 1)])) if n > 1 else 0.0
 
 
+def plasticity_retention(scores: FloatArray) -> FloatArray:
+    """Return the plasticity-retention curve of a stream, a point after each night.
+
+    Args:
+        scores: (N, N), row i = scores on all tasks after night i; only j <= i is read.
+
+    Returns:
+        (N, 2): plasticity, the mean score of the tasks so far, each just after its own night; retention, the share of it that
+        the tasks of earlier nights still have, 1.0 where they had nothing.
+
+    Raises:
+        DataError: not square, or NaN where j <= i.
+
+    Source:
+        Plasticity is the average of learning accuracy of Riemer et al. 2019 (LA); retention is BWT as a share of it.
+    """
+    matrix = _checked(scores)
+    own = np.diag(matrix)
+    points = [(own[: i + 1].mean(), _share(matrix[i, :i].sum(), own[:i].sum())) for i in range(len(matrix))]
+    return np.array(points)
+
+
+def _share(left: FloatArray, had: FloatArray) -> FloatArray:
+    """Return left / had, 1 where nothing was to be had."""
+    return np.where(had > 0, left / np.where(had > 0, had, 1), 1.0)
+
+
 def paired_interval(
     before: FloatArray, after: FloatArray, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -129,7 +156,7 @@ def paired_interval(
 
 
 def stream_intervals(learned: Sequence[FloatArray], final: Sequence[FloatArray]) -> dict[str, tuple[float, float]]:
-    """Return the 95% confidence intervals (low, high) of ACC and BWT over the test rows of each task.
+    """Return the 95% confidence intervals (low, high) of ACC, BWT, plasticity and retention over the test rows of each task.
 
     Args:
         learned: by task, (n_rows,) scores of its rows after its own night; final: of the same rows after the last night.
@@ -143,15 +170,19 @@ def stream_intervals(learned: Sequence[FloatArray], final: Sequence[FloatArray])
     if not learned or [len(x) for x in learned] != [len(x) for x in final] or not all(len(x) for x in learned):
         raise DataError("intervals need the same rows of every task twice")
     rng = np.random.default_rng(0)
-    acc, bwt = np.zeros(2000), np.zeros(2000)
+    own, left = np.zeros((len(learned), 2000)), np.zeros((len(learned), 2000))
     for i, (first, last) in enumerate(zip(learned, final, strict=True)):
         draws = rng.integers(0, len(first), (2000, len(first)))
-        after = np.asarray(last, np.float64)[draws].mean(1)
-        acc += after / len(learned)
-        if i < len(learned) - 1:
-            bwt += (after - np.asarray(first, np.float64)[draws].mean(1)) / (len(learned) - 1)
-    low, high = np.percentile([acc, bwt], [2.5, 97.5], axis=1).tolist()
-    return {"acc": (low[0], high[0]), "bwt": (low[1], high[1])}
+        own[i], left[i] = (np.asarray(rows, np.float64)[draws].mean(1) for rows in (first, last))
+    earlier = max(len(learned) - 1, 1)
+    found = {
+        "acc": left.mean(0),
+        "bwt": (left - own)[:-1].sum(0) / earlier,
+        "plasticity": own.mean(0),
+        "retention": _share(left[:-1].sum(0), own[:-1].sum(0)),
+    }
+    low, high = np.percentile(list(found.values()), [2.5, 97.5], axis=1).tolist()
+    return {name: (low[i], high[i]) for i, name in enumerate(found)}
 
 
 def survival(before: float, adapter: float, merged: float) -> float:

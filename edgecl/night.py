@@ -30,7 +30,7 @@ from .data import Example
 from .errors import Diverged, EdgeclError, GenerationError, NotNow, StageError
 from .gate import TaskResult, judge
 from .generations import Generation, Generations, Manifest, check_files, now, sha256_file, unpublished
-from .measure import Meter, mean_loss, record_of
+from .measure import KLD, Meter, mean_loss, record_of
 from .metrics import survival
 from .profile import Profile, Settings
 from .replay import choose, quota
@@ -56,7 +56,7 @@ class AdaptReport:
         survival: share of the adapter's gain that each merged file keeps, by quant; "adapter" is 1 by definition.
         losses: answer loss on tonight's rows in nats: before, of the unmerged adapter, of each merged file.
         results: every measured task, before and after.
-        prose: nats per token of unrelated prose: base, before, after.
+        prose: nats per token of unrelated prose: base, before, after; kld: of tonight's file from the base, nats per token.
         n_written: rows that yesterday's model wrote for rehearsal, in write_s seconds.
         peak_rss_bytes: of the largest child.
     """
@@ -135,6 +135,7 @@ class Night:
             swaps = {task: swapped(part) for task, (kind, part) in plan.items() if kind == "heldout" and task in learning}
             others = [other for pairs in swaps.values() for _, other in pairs]
             after, report.prose["after"] = self.meter.measure(tonight, [*rows, *others])
+            report.prose["kld"] = after[KLD].loss_nats
         except EdgeclError as error:
             shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, NotNow):

@@ -179,10 +179,13 @@ def merge_stage(request: Request, report: Report) -> Request:
 
 def measure_stage(request: Request, report: Report) -> Request:
     """Score rows and prose in llama.cpp."""
-    from .engine import Engine, Row, fitted, prose_nats, score
+    from .engine import Engine, Row, fitted, likeliest, read, score
 
     began = time.perf_counter()
     examples = [example_from(record) for record in request["rows"]]
+    if request["prose"]:
+        with Engine(request["base"], None, **request["engine"]) as engine:  # closed again: a board has memory for one model
+            expected = likeliest(engine, prose_text())
     with (
         Engine(request["model"], request["adapter"], **request["engine"]) as engine,
         GgufFile(request["base"]) as base,
@@ -193,7 +196,7 @@ def measure_stage(request: Request, report: Report) -> Request:
         for example, result in zip(examples, score(engine, rows), strict=True):
             scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens, result.text])
             report(len(scores), len(examples), Path(request["model"]).name)
-        prose = prose_nats(engine, prose_text()) if request["prose"] else []
+        prose = asdict(read(engine, prose_text(), expected)) if request["prose"] else {}
     return {"scores": scores, "prose": prose, "eval_s": time.perf_counter() - began}
 
 

@@ -32,6 +32,7 @@ from .metrics import (
     forgetting,
     forward_transfer,
     paired_interval,
+    plasticity_retention,
     stream_intervals,
 )
 from .night import kept_ids
@@ -206,6 +207,7 @@ class _Run:
             "bwt": backward_transfer(accuracy),
             "fwt": forward_transfer(accuracy, np.array(begun["base"])),
             "forgetting": forgetting(accuracy),
+            "plasticity_retention": _plain(plasticity_retention(accuracy)),
             "intervals": stream_intervals(
                 [_right(row[task]) for row, task in zip(rows, tasks, strict=True)],
                 [_right(rows[-1][task]) for task in tasks],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import END, N_VOCAB, START, Tiny, build, random_adapter, random_tokens, torch_model, write_model
 
-from edgecl.engine import GGML_TYPE_F32, Engine, Row, VocabFile, fitted, latency, prose_nats, score
+from edgecl.engine import GGML_TYPE_F32, Engine, Row, VocabFile, fitted, latency, likeliest, read, score
 from edgecl.errors import EngineError
 from edgecl_convert import GgufFile, write_gguf_adapter
 
@@ -127,17 +127,28 @@ def test_score_of_nothing_and_of_one_prompt_that_begins_another(engine):
         assert one == replace(other, loss_nats=pytest.approx(other.loss_nats, abs=1e-4))
 
 
-def test_prose_nats_equals_a_computation_by_hand(engine):
-    tokens = engine.vocab.encode(TEXT)
-    assert len(tokens) > 3 * 40
-    wanted = []
-    for first in (0, 40, 80):
-        logits = engine.logits(tokens[first : first + 40]).astype(np.float64)
-        probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        wanted.append(np.mean([-math.log(probabilities[t, tokens[first + t + 1]]) for t in range(39)]))
-    assert prose_nats(engine, TEXT, window=40, n_windows=3) == pytest.approx(wanted, abs=1e-4)
-    assert len(prose_nats(engine, TEXT, window=40)) == -(-len(tokens) // 40)
-    assert prose_nats(engine, "a") == prose_nats(engine, "") == []
+def test_prose_is_read_as_a_computation_by_hand_reads_it(paths, monkeypatch):
+    monkeypatch.setattr("edgecl.engine.prose.WINDOW", 40)
+    monkeypatch.setattr("edgecl.engine.prose.N_WINDOWS", 3)
+    log_p = {}
+    with open_engine(paths["llama"]) as base, open_engine(paths["llama"], paths["adapter"]) as adapted:
+        tokens = base.vocab.encode(TEXT)
+        assert len(tokens) > 3 * 40
+        for engine in (base, adapted):
+            logits = np.concatenate([engine.logits(tokens[i : i + 40])[:-1] for i in (0, 40, 80)]).astype(np.float64)
+            log_p[engine] = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        targets = [token for i in (0, 40, 80) for token in tokens[i + 1 : i + 40]]
+        nats = -np.mean([row[target] for row, target in zip(log_p[adapted], targets, strict=True)])
+        kld = (np.exp(log_p[base]) * (log_p[base] - log_p[adapted])).sum(1).mean()
+        whole = read(adapted, TEXT, likeliest(base, TEXT))
+        assert kld > 0.01 and (whole.nats, whole.kld) == pytest.approx((nats, kld), rel=1e-3)
+
+        monkeypatch.setattr("edgecl.engine.prose.N_LIKELIEST", base.vocab.n_vocab // 8)
+        expected = likeliest(base, TEXT)
+        part = read(adapted, TEXT, expected)
+        assert part.nats == whole.nats and 0 < part.kld < whole.kld
+        same = read(base, TEXT, expected)
+        assert same.kld == pytest.approx(0, abs=1e-6) and same.nats != whole.nats
 
 
 # --- adapters and models ----------------------------------------------------------------------------------------------
@@ -270,7 +281,8 @@ def test_closed_engine_says_so(paths):
         lambda: engine.set_adapter(None),
         lambda: engine.vocab.encode("a"),
         lambda: list(score(engine, [Row(SHARED, [70])])),
-        lambda: prose_nats(engine, TEXT),
+        lambda: likeliest(engine, TEXT),
+        lambda: read(engine, TEXT, []),
         lambda: latency(engine),
     ):
         with pytest.raises(EngineError, match="closed"):

@@ -78,7 +78,7 @@ def test_verdicts_follow_the_rows(cells: Path, data: Path, monkeypatch: pytest.M
     assert verdict("faster", "tg128") == "replicated" and verdict("faster", "pp512") == "not replicated"
     for gap in (v for v in found["verdicts"] if v["low"] is not None):
         assert gap["low"] <= gap["gap"] <= gap["high"]
-    assert {path.name for path in out.glob("*.png")} == {"forward.png", "retention.png"}
+    assert {path.name for path in out.glob("*.png")} == {"forward.png", "retention.png", "plasticity_retention.png"}
     assert capsys.readouterr().out.count("\n") == 2 + len(found["verdicts"])
 
 

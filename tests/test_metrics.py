@@ -14,6 +14,7 @@ from edgecl.metrics import (
     forgetting,
     forward_transfer,
     paired_interval,
+    plasticity_retention,
     stream_intervals,
     survival,
 )
@@ -32,6 +33,12 @@ def test_metrics_by_hand() -> None:
     assert backward_transfer(SCORES) == pytest.approx(((0.6 - 0.9) + (0.8 - 0.7)) / 2)
     assert forgetting(SCORES) == pytest.approx(((0.95 - 0.6) + (0.7 - 0.8)) / 2)
     assert forward_transfer(SCORES, START) == pytest.approx(((0.2 - 0.1) + (0.1 - 0.15)) / 2)
+
+
+def test_the_plasticity_retention_curve_by_hand() -> None:
+    wanted = [(0.9, 1.0), ((0.9 + 0.7) / 2, 0.95 / 0.9), ((0.9 + 0.7 + 0.5) / 3, (0.6 + 0.8) / (0.9 + 0.7))]
+    assert plasticity_retention(SCORES) == pytest.approx(np.array(wanted))
+    assert plasticity_retention(np.array([[0.0, NAN], [0.4, 0.2]])).tolist() == [[0.0, 1.0], [0.1, 1.0]], "nothing to lose"
 
 
 def test_a_single_task_neither_transfers_nor_forgets() -> None:
@@ -53,7 +60,7 @@ def test_what_a_metric_does_not_read_may_be_unknown() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 0), (2, 3), (3,), (2, 2, 2), ()])
 def test_scores_that_are_not_square_are_refused(shape: tuple[int, ...]) -> None:
-    for metric in (average_accuracy, backward_transfer, forgetting, lambda s: forward_transfer(s, START)):
+    for metric in (average_accuracy, backward_transfer, forgetting, plasticity_retention, lambda s: forward_transfer(s, START)):
         with pytest.raises(DataError, match=r"must be a square matrix, got shape"):
             metric(np.zeros(shape))
 
@@ -134,10 +141,19 @@ def test_intervals_of_a_stream_hold_what_was_measured_and_its_bounds() -> None:
     scores = np.array([[0.75, np.nan], [0.5, 0.8]])
     assert found["acc"][0] < average_accuracy(scores) < found["acc"][1]
     assert found["bwt"][0] < backward_transfer(scores) <= found["bwt"][1] == 0  # no row of the first task got better
+    plasticity, retention = plasticity_retention(scores)[-1]
+    assert found["plasticity"][0] < plasticity < found["plasticity"][1]
+    assert found["retention"][0] < retention <= found["retention"][1] == 1
     assert found == stream_intervals(learned, final)
     sure = [np.ones(3), np.zeros(2)]
-    assert stream_intervals(sure, sure) == {"acc": (0.5, 0.5), "bwt": (0.0, 0.0)}
-    assert stream_intervals(sure[:1], sure[:1]) == {"acc": (1.0, 1.0), "bwt": (0.0, 0.0)}
+    assert stream_intervals(sure, sure) == {
+        "acc": (0.5, 0.5),
+        "bwt": (0.0, 0.0),
+        "plasticity": (0.5, 0.5),
+        "retention": (1.0, 1.0),
+    }
+    alone = stream_intervals(sure[:1], sure[:1])
+    assert alone == {"acc": (1.0, 1.0), "bwt": (0.0, 0.0), "plasticity": (1.0, 1.0), "retention": (1.0, 1.0)}
 
 
 def test_the_interval_of_acc_holds_the_truth_as_often_as_it_says() -> None:

@@ -78,7 +78,10 @@ def print_report(report: AdaptReport) -> None:
         )
     out.print(table)
     prose = report.prose
-    out.print(f"prose       {prose['after']:.2f} nats per token ({prose['after'] - prose['base']:+.2f} against the base)")
+    out.print(
+        f"prose       {prose['after']:.2f} nats per token ({prose['after'] - prose['base']:+.2f} against the base, "
+        f"KLD {prose['kld']:.3f})"
+    )
     kept = ", ".join(f"{quant} {share:.0%}" for quant, share in report.survival.items() if quant != "adapter")
     out.print(f"survival    {kept} of the adapter's gain")
     train = report.train
@@ -114,7 +117,8 @@ def evaluate(home: Path | None, number: int | None, as_json: bool) -> None:
     out.print(f"generation {facts['generation']}")
     if facts["tasks"]:
         out.print(table)
-    out.print(f"prose       {facts['prose_nats']:.2f} nats per token (base {facts['prose_nats_base']:.2f})")
+    base, kld = facts["prose_nats_base"], facts["prose_kld"]
+    out.print(f"prose       {facts['prose_nats']:.2f} nats per token (base {base:.2f}, KLD {kld:.3f})")
     _print_latency(facts["latency"])
 
 

@@ -99,7 +99,9 @@ def print_stream(result: dict[str, Any]) -> None:
     out.print(table)
     names = "acc", "bwt", "fwt", "forgetting"
     out.print("  ".join(f"{name.upper() if name != 'forgetting' else name} {result[name]:.3f}" for name in names))
-    ranges = (f"{name.upper()} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
+    plasticity, retention = result["plasticity_retention"][-1]
+    out.print(f"plasticity {plasticity:.3f}  retention {retention:.1%}")
+    ranges = (f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
     out.print(f"95% intervals over the test rows: {', '.join(ranges)}")
     if "against_int8" in result:
         gap = result["against_int8"]

@@ -2,7 +2,8 @@
 
 from .latency import latency
 from .model import Vocab, VocabFile
-from .scoring import Row, RowScore, fitted, prose_nats, score
+from .prose import likeliest, read
+from .scoring import Row, RowScore, fitted, score
 from .session import GGML_TYPE_F16, GGML_TYPE_F32, Engine
 from .writing import Written, write_rows
 
@@ -17,7 +18,8 @@ __all__ = [
     "Written",
     "fitted",
     "latency",
-    "prose_nats",
+    "likeliest",
+    "read",
     "score",
     "write_rows",
 ]

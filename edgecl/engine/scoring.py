@@ -1,4 +1,4 @@
-"""What a night is judged by: greedy answers, answer loss, and the nats per token of unrelated prose.
+"""What a night is judged by: greedy answers and answer loss.
 
 Exact and cheap at once. All rows of a group go through llama.cpp together, behind a prefix that is computed once; one
 forward pass over prompt + wanted answer gives the answer loss, and tells which rows greedy decoding would answer word
@@ -122,19 +122,6 @@ def _finish_wrong(engine: Engine, group: list[Row], best: list[list[int]], extra
         for sequence, logits in zip(active, engine.forward(items), strict=True):
             answers[sequence].append(int(logits.argmax()))
     return answers
-
-
-def prose_nats(engine: Engine, text: str, window: int = 256, n_windows: int = 6) -> list[float]:
-    """Return the mean nats per token of the first windows of `text`; a window's first token is not counted."""
-    tokens = engine.vocab.encode(text)[: window * n_windows]
-    out = []
-    for first in range(0, len(tokens) - 1, window):
-        chunk = tokens[first : first + window]
-        if len(chunk) > 1:
-            logits = engine.logits(chunk[:-1])
-            pairs = zip(logits, chunk[1:], strict=True)
-            out.append(float(np.mean([_negative_log_likelihood(x, target) for x, target in pairs])))
-    return out
 
 
 def _negative_log_likelihood(logits: F32Array, target: int) -> float:

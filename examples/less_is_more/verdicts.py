@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.metrics import paired_interval
+from edgecl.metrics import paired_interval, plasticity_retention, stream_intervals
 from edgecl.stream import Stream
 
 matplotlib.use("Agg")
@@ -91,6 +91,7 @@ def main() -> None:
     (args.out / "verdicts.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     draw(grid, "forward.png", "Just after its own stage", lambda task: [(task, task)], args.out)
     draw(grid, "retention.png", "After later stages", lambda task: [(i, task) for i in range(task + 1, n)], args.out)
+    draw_curve(grid, args.out / "plasticity_retention.png")
     print("| claim | measured | gap | 95% interval | verdict |\n|---|---|---|---|---|")
     for v in verdicts:
         numbers = ("" if v.gap is None else f"{v.gap:+.3f}", "" if v.low is None else f"{v.low:+.3f} to {v.high:+.3f}")
@@ -243,6 +244,35 @@ def draw(grid: Grid, name: str, title: str, curves: Callable[[int], list[tuple[i
     figure.suptitle(f"{title} ({len(grid.seeds)} seeds, 95% intervals over rows)", fontsize=11)
     figure.tight_layout()
     figure.savefig(out / name, dpi=110)
+    plt.close(figure)
+
+
+def draw_curve(grid: Grid, path: Path) -> None:
+    """Draw how well tasks are learned and how much of that is left at the end: a line for each precision, a point a share."""
+    figure, axis = plt.subplots(figsize=(5.2, 4))
+    last = len(grid.tasks) - 1
+    for arm in grid.arms:
+        points, bars = [], []
+        for share in grid.shares:
+            own = [grid.right(arm, share, task, task) for task in range(last + 1)]
+            final = [grid.right(arm, share, last, task) for task in range(last + 1)]
+            scores = np.diag([rows.mean() for rows in own])
+            scores[last] = [rows.mean() for rows in final]
+            points.append(100 * plasticity_retention(scores)[-1])
+            found = stream_intervals(own, final)
+            bars.append(np.abs(100 * np.array([found["plasticity"], found["retention"]]) - points[-1][:, None]))
+        x, y = np.transpose(points)
+        x_bars, y_bars = np.transpose(bars, (1, 2, 0))
+        line, *_ = axis.errorbar(x, y, y_bars, x_bars, marker="o", capsize=2, elinewidth=0.5, label=ARMS[arm])
+        for share, point in zip(grid.shares, points, strict=True):
+            axis.annotate(f"{100 * share:g}%", point, (5, 4), textcoords="offset points", fontsize=8, color=line.get_color())
+    axis.set_xlabel("plasticity: accuracy just after a task's own stage, %")
+    axis.set_ylabel("retention: share of it left at the end, %")
+    axis.set_title(f"a point a replay share, {len(grid.seeds)} seeds, 95% intervals over rows", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
