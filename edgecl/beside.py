@@ -111,6 +111,7 @@ def _request(learner: Learner, folder: str) -> dict[str, Any]:
         "new": [record_of(row) for row in rows],
         "replay": [],
         "written": [],
+        "reworded": [],
         "heldout": [],
         "settings": asdict(replace(learner.settings.train, min_steps=ENDLESS)),
         "limits": asdict(replace(learner.profile, minutes=MINUTES)),

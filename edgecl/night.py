@@ -12,9 +12,7 @@ reason and log in the history, but what was come to before it is kept: the next 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -27,19 +25,16 @@ from edgecl_convert import GgufFile, resolve_quant, write_atomic
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .errors import Diverged, EdgeclError, GenerationError, NotNow, StageError
+from .errors import Diverged, EdgeclError, NotNow, StageError
 from .gate import TaskResult, judge
-from .generations import Generation, Generations, Manifest, check_files, now, sha256_file, unpublished
+from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import KLD, Meter, mean_loss, record_of
 from .metrics import survival
 from .profile import Profile, Settings
 from .replay import choose, quota
 from .rows import Stored
 from .store import Store
-
-MIN_WRITTEN = 64  # rows for a small night
-WRITTEN_A_ROW = 5 / 3  # rows for each new one of a larger night, up to replay.written; on a first night, one
-BEGUN = 0.9  # of the written rows begin like kept ones, if any were
+from .writers import Writers
 
 Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
 
@@ -57,7 +52,7 @@ class AdaptReport:
         losses: answer loss on tonight's rows in nats: before, of the unmerged adapter, of each merged file.
         results: every measured task, before and after.
         prose: nats per token of unrelated prose: base, before, after; kld: of tonight's file from the base, nats per token.
-        n_written: rows that yesterday's model wrote for rehearsal, in write_s seconds.
+        n_written: rows that models wrote for rehearsal, n_reworded: other wordings of new rows, both in write_s seconds.
         peak_rss_bytes: of the largest child.
     """
 
@@ -69,6 +64,7 @@ class AdaptReport:
     n_new: int = 0
     n_replay: int = 0
     n_written: int = 0
+    n_reworded: int = 0
     n_kept: int = 0
     results: list[TaskResult] = field(default_factory=list)
     survival: dict[str, float] = field(default_factory=dict)
@@ -108,7 +104,6 @@ class Night:
     compare: Sequence[str] = ()
     progress: Progress | None = None
     report: AdaptReport = field(default_factory=AdaptReport)
-    _whole: dict[Path, bool] = field(default_factory=dict)
 
     def run(self, new: list[Stored]) -> AdaptReport:
         """Learn pending rows.
@@ -128,7 +123,7 @@ class Night:
         try:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
-            self._train(draft, yesterday, new, replay, self._write(yesterday, len(new), replay))
+            self._train(draft, yesterday, new, replay, self._write(yesterday, new, replay))
             learned = _learned_rows(plan, new)
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
@@ -192,87 +187,34 @@ class Night:
             plan |= {task: (kind, examples) for task, examples in by_task.items() if task not in plan}
         return plan
 
-    def _write(self, yesterday: Generation, n_new: int, replay: list[Stored]) -> list[Any]:
-        """Return rows that the models of earlier nights write."""
-        n = min(self.settings.replay.written, max(round(n_new * (WRITTEN_A_ROW if replay else 1)), MIN_WRITTEN))
-        if not n:
-            return []
-        writers = self._writers(yesterday, n, replay)
-        written = self._written({"base": self.settings.base, "engine": self.meter.engine, "writers": writers}, yesterday)
-        self.report.n_written = len(written)
-        return written
+    def _write(self, yesterday: Generation, new: list[Stored], replay: list[Stored]) -> dict[str, Any]:
+        """Return what the models of earlier nights write: `written` rows to rehearse, and each new row's other wordings."""
+        writers = Writers(self.store, self.generations, self.settings.base, self.meter.engine, self.settings.replay.written)
+        request = writers.request(yesterday, new, replay)
+        found = self._written(request, yesterday) if request["writers"] else {"written": [], "reworded": []}
+        self.report.n_written, self.report.n_reworded = len(found["written"]), sum(map(len, found["reworded"]))
+        return found
 
-    def _written(self, request: dict[str, Any], yesterday: Generation) -> list[Any]:
-        """Return the rows that are asked for: those an interrupted night has, if it asked for the same, else new ones.
+    def _written(self, request: dict[str, Any], yesterday: Generation) -> dict[str, Any]:
+        """Return what is asked for: what an interrupted night has, if it asked for the same, else what is written now.
 
         A checkpoint is of the rows it was trained on, and what llama.cpp writes is the same again only on the same threads.
         """
         path = self._runs / "written.json"
         key = sha256(json.dumps([yesterday.hash, request]).encode()).hexdigest()
-        with contextlib.suppress(OSError, ValueError):  # none, or damaged
+        with contextlib.suppress(OSError, ValueError, TypeError):  # none, or damaged
             kept_key, kept = json.loads(path.read_text("utf-8"))
             if kept_key == key:
-                return list(kept)
+                return dict(kept)
         began, report = time.perf_counter(), self.report
         result, peak = run_stage("write", request, self.limits, self.progress)
         report.write_s, report.peak_rss_bytes = time.perf_counter() - began, max(report.peak_rss_bytes, peak)
-        write_atomic(path, json.dumps([key, result["written"]]))
-        return list(result["written"])
+        write_atomic(path, json.dumps([key, result]))
+        return result
 
-    def _writers(self, yesterday: Generation, n: int, replay: list[Stored]) -> list[dict[str, Any]]:
-        """Return who writes `n` rows, and what they begin with.
-
-        Yesterday's model writes what comes to its mind: of what nights have taught it, and of what its base was made for.
-        Questions that begin like a kept row are written and answered by the generation that learned it, which knows it best:
-        what later nights made worse is not handed on. Nor is what was forgotten: a generation that learned from it is silent.
-        The newest before it writes in its place, but not of rows that it never knew.
-        """
-        number = self.generations.next_number()
-        forgotten = self.store.forgotten()
-        silent = {n for n in self.generations.numbers() if self.generations.hash_of(n) in forgotten}
-        writer = self._newest_but(silent, yesterday)
-        known = [row for row in replay if row.generation not in silent or (row.generation or 0) <= writer.number]
-        shuffled = random.Random(number).sample(known, len(known))
-        begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
-        by_adapter: dict[Path | None, list[Stored]] = {}
-        for row in begun:
-            by_adapter.setdefault(self._adapter_of(row, writer, silent), []).append(row)
-        parts: list[tuple[Path, Path | None, list[Stored], int]]
-        parts = [(writer.model, writer.adapter, [], n - len(begun))]
-        parts += [(Path(self.settings.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
-        return [
-            {
-                "model": str(model),
-                "adapter": str(adapter) if adapter else None,
-                "replay": [record_of(row.example) for row in rows],
-                "n": n_rows,
-                "seed": 1000 * number + i,
-            }
-            for i, (model, adapter, rows, n_rows) in enumerate(parts)
-        ]
-
-    def _newest_but(self, silent: set[int], yesterday: Generation) -> Generation:
-        """Return yesterday's generation, or, where it is silent, the newest before it that is not, as base and adapter."""
-        if yesterday.number not in silent:
-            return yesterday
-        found = self.generations.load(max(n for n in self.generations.numbers() if n < yesterday.number and n not in silent))
-        return replace(found, model=Path(self.settings.base), adapter=found.folder / "adapter.gguf" if found.number else None)
-
-    def _adapter_of(self, row: Stored, writer: Generation, silent: set[int]) -> Path | None:
-        """Return the adapter of the generation that learned a row; the writer's, where it is none that may teach."""
-        number = row.generation or 0
-        own = [self.generations.folder / f"{number:04d}"] if number <= writer.number and number not in silent else []
-        return next((path for folder in (*own, writer.folder) if self._is_whole(path := folder / "adapter.gguf")), None)
-
-    def _is_whole(self, adapter: Path) -> bool:
-        """Return whether an adapter is the one that was published; looked at once a night."""
-        if adapter not in self._whole:
-            with contextlib.suppress(GenerationError):
-                check_files(replace(self.generations.load(int(adapter.parent.name)), adapter=adapter))
-                self._whole[adapter] = adapter.is_file()  # generation 0 has none
-        return self._whole.setdefault(adapter, False)
-
-    def _train(self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: list[Any]) -> None:
+    def _train(
+        self, draft: Path, yesterday: Generation, new: list[Stored], replay: list[Stored], written: dict[str, Any]
+    ) -> None:
         limits = replace(self.profile, minutes=0.6 * self.minutes, ram_bytes=self.limits.ram_bytes)
         learning = {row.example.task for row in new}
         heldout = [row for row in self.store.rows("heldout") if row.example.task in learning]
@@ -282,7 +224,7 @@ class Night:
             "start": str(yesterday.folder / "adapter.gguf") if yesterday.number else None,
             "new": [record_of(row.example) for row in new],
             "replay": [record_of(row.example) for row in replay],
-            "written": written,
+            **written,
             "heldout": [record_of(row.example) for row in heldout] if self.settings.train.patience else [],
             "settings": asdict(self.settings.train),
             "limits": asdict(limits),

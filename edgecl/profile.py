@@ -107,7 +107,7 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the new rows.
-        min_steps: a small night repeats its rows until it has made this many steps.
+        min_steps: a small night repeats its rows, mostly in other words, until it has made this many steps.
         depth: share of the layers that are trained, counted from the head; less is faster, learns a little less of the night
             and forgets more of earlier ones (the README has the figures).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
@@ -124,7 +124,7 @@ class TrainSettings:
     lora_alpha: float = 16.0
     depth: float = 1.0
     epochs: int = 3
-    min_steps: int = 40
+    min_steps: int = 60
     batch_rows: int = 8
     replay_rows: int = 12
     learning_rate: float = 1e-3

@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +95,12 @@ def load_stage(request: Request, report: Report) -> Request:
 
 
 def write_stage(request: Request, report: Report) -> Request:
-    """Have models write rows to rehearse: what they might be asked, and what they answer."""
-    from .engine import Engine, write_rows
+    """Have models write rows to rehearse, what they might be asked and what they answer, and new questions in other words."""
+    from .engine import Engine, reword, write_rows
 
     written: list[Any] = []
-    total = sum(writer["n"] for writer in request["writers"])
+    asked = [question_of(example_from(record)) for record in request["reword"]]
+    total = sum(writer["n"] for writer in request["writers"]) + len(asked)
 
     def say(done: int, _: int) -> None:
         report(len(written) + done, total, "rows")
@@ -109,25 +110,32 @@ def write_stage(request: Request, report: Report) -> Request:
         for writer in request["writers"]:
             engine.switch(writer["model"], writer["adapter"])
             chats = chat_format(base, engine.vocab)
-            rows = [chats.encode(example_from(record)) for record in writer["replay"]]
+            rows = [chats.encode(example_from(record)) for record in writer["begin"]]
             kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1]]
-            found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, say)
+            found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"], say)
             written += [asdict(row) for row in found]
-    return {"written": written}
+        engine.switch(request["base"])
+        reworded = reword(engine, asked, first["seed"], say)
+    return {"written": written, "reworded": reworded}
+
+
+def question_of(example: Example) -> str:
+    """Return what a chat of one question asks, "" of a longer one: its last question means nothing alone."""
+    asked = [content for role, content in example.messages if role == "user"]
+    return asked[0] if len(asked) == 1 else ""
 
 
 def train_stage(request: Request, report: Report) -> Request:
     """Train tonight's adapter; write it as GGUF and as a PEFT folder."""
     from .engine import VocabFile
-    from .train import DamagedCheckpointError, LatentStore, Night, TrainRow, train
+    from .train import DamagedCheckpointError, LatentStore, Night, train
 
     with GgufFile(request["base"]) as gguf:
         with VocabFile(gguf.path) as vocab:
             chats = chat_format(gguf, vocab)
-            new, replay, heldout = (
-                [TrainRow(e.ids, e.supervised, e.asked) for e in (chats.encode(example_from(r)) for r in request[key])]
-                for key in ("new", "replay", "heldout")
-            )
+            reworded = request["reworded"] or [[]] * len(request["new"])
+            new = [train_row(chats, example_from(r), others) for r, others in zip(request["new"], reworded, strict=True)]
+            replay, heldout = ([train_row(chats, example_from(r)) for r in request[key]] for key in ("replay", "heldout"))
             replay += [written_row(chats, **row) for row in request["written"]]
             anchor = anchor_pieces(vocab)
         start = read_gguf_adapter(request["start"]) if request["start"] else None
@@ -158,6 +166,17 @@ def train_stage(request: Request, report: Report) -> Request:
         write_gguf_adapter(request["adapter_gguf"], adapter)
         write_peft_adapter(request["adapter_peft"], adapter, gguf)
     return asdict(result)
+
+
+def train_row(chats: ChatFormat, example: Example, reworded: Sequence[str] = ()) -> TrainRow:
+    """Return a chat as it is trained on; where it is one question, with others in its place too."""
+    from .train import TrainRow
+
+    encoded, others = chats.encode(example), []
+    for question in reworded:
+        messages = tuple((role, question if role == "user" else content) for role, content in example.messages)
+        others.append(train_row(chats, replace(example, messages=messages)))
+    return TrainRow(encoded.ids, encoded.supervised, encoded.asked, reworded=others)
 
 
 def written_row(chats: ChatFormat, asked: list[int], answer: list[int], likely: list[list[tuple[int, float]]]) -> TrainRow:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgecl.train import TrainRow
-from edgecl.train.batches import epoch, micro_batches, shared_prefix, usable
+from edgecl.train.batches import REWORDED, asked_otherwise, epoch, micro_batches, shared_prefix, usable
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no error
 tokens = st.integers(0, 3)
@@ -151,3 +151,20 @@ def test_a_row_of_two_answers_keeps_its_last_whole():
     assert usable(row, 4).ids == [8, 9, 10, 11]
     assert usable(row, 3) is None
     assert usable(TrainRow([1, 2, 3], [False] * 3), 8) is None
+
+
+# --- other wordings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_comes_in_other_words_as_often_as_it_says_and_in_each_alike():
+    plain, others = TrainRow([1, 2], [False, True]), [TrainRow([1, i, 2], [False, False, True]) for i in range(3)]
+    row = TrainRow([1, 9, 2], [False, False, True], reworded=[*others, TrainRow(list(range(40)), [False] * 39 + [True])])
+    rng = np.random.default_rng(3)
+    seen = Counter(tuple(asked_otherwise(row, 32, rng).ids) for _ in range(3000))
+    assert set(seen) == {(1, 9, 2), (1, 0, 2), (1, 1, 2), (1, 2, 2)}, "what is longer than the context is left out"
+    assert seen[1, 9, 2] / 3000 == pytest.approx(1 - REWORDED, abs=4 * 0.008)
+    assert all(seen[1, i, 2] / 3000 == pytest.approx(REWORDED / 3, abs=4 * 0.008) for i in range(3))
+    state = rng.bit_generator.state
+    assert asked_otherwise(plain, 32, rng) is plain and rng.bit_generator.state == state, (
+        "no draw: other nights stay as they are"
+    )

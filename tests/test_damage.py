@@ -23,8 +23,8 @@ from edgecl.cli.output import print_json, safe
 from edgecl.engine import Engine
 from edgecl.errors import GenerationError, NothingToLearn, StageError, StoreError
 from edgecl.generations import Manifest, check_files, now, sha256_file
-from edgecl.night import Night
 from edgecl.profile import ReplaySettings, TrainSettings
+from edgecl.writers import Writers
 from tests import tiny
 
 TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=5, learning_rate=0.02, anchor_weight=0.0)
@@ -201,8 +201,8 @@ def test_a_damaged_adapter_of_an_earlier_night_teaches_nothing(home: Path) -> No
         row = learner.store.rows("replay")[0]  # of the first night
 
         def teacher() -> Path | None:
-            parts = learner.settings, learner.profile, learner.store, generations, learner.meter(), learner.limits()
-            return Night(*parts, minutes=1.0)._adapter_of(row, second, silent=set())
+            writers = Writers(learner.store, generations, learner.settings.base, {}, at_most=8)
+            return writers.adapter_of(row, second, silent=set())
 
         assert teacher() == first.folder / "adapter.gguf"
         flip_last_bit(first.folder / "adapter.gguf")

@@ -18,6 +18,7 @@ from edgecl.engine import Engine, write_rows
 from edgecl.gate import GateSettings
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stages import chat_format, example_from
+from edgecl.writers import SMALL
 from edgecl_convert import GgufFile
 from tests import tiny
 
@@ -47,7 +48,7 @@ def adapt(learner: Learner, rows: dict[str, str]) -> None:
 
 
 def asked(writer: dict[str, Any]) -> set[str]:
-    return {record[0][0][1] for record in writer["replay"]}
+    return {record[0][0][1] for record in writer["begin"]}
 
 
 def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
@@ -61,11 +62,11 @@ def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
         folder = learner.generations.folder
         learner.rollback(1)
         adapt(learner, NIGHTS[3])
-    first, _, third, after_rollback = (request["writers"] for request, _ in requests)
-
-    assert [(w["model"], w["adapter"], w["replay"], w["n"]) for w in first] == [(str(base), None, [], 10)]
+    plain = [[writer for writer in request["writers"] if not writer["is_near"]] for request, _ in requests]
+    first, _, third, after_rollback = plain
+    assert [(w["model"], w["adapter"], w["begin"], w["n"]) for w in first] == [(str(base), None, [], 10)]
     assert sum(writer["n"] for writer in third) == 10
-    assert Path(third[0]["model"]).parent == folder / "0002" and third[0]["adapter"] is None and not third[0]["replay"]
+    assert Path(third[0]["model"]).parent == folder / "0002" and third[0]["adapter"] is None and not third[0]["begin"]
     assert {w["model"] for w in third[1:]} == {str(base)}
     taught = {Path(writer["adapter"]).parent.name: asked(writer) for writer in third[1:]}
     assert taught == {"0001": set(NIGHTS[0]), "0002": set(NIGHTS[1])}
@@ -76,13 +77,33 @@ def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
 
     request, written = requests[2]
     alone: list[Any] = []
-    for writer in third:
+    for writer in request["writers"]:
         with Engine(writer["model"], writer["adapter"], **request["engine"]) as engine, GgufFile(base) as file:
             chats = chat_format(file, engine.vocab)
-            rows = [chats.encode(example_from(record)) for record in writer["replay"]]
+            rows = [chats.encode(example_from(record)) for record in writer["begin"]]
             kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows]
-            alone += write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept)
+            alone += write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"])
     assert [(row["asked"], row["answer"]) for row in written] == [(row.asked, row.answer) for row in alone]
+
+
+def test_a_small_night_has_rows_near_its_new_ones_by_last_nights_model(
+    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    many = {f"a {i} hen": "left" if i % 2 else "right" for i in range(SMALL + 1)}
+    replay = ReplaySettings(share=1.0, written=20, heldout=0.0)
+    with Learner.init(base, tmp_path / "home", replay=replay, train=TRAIN) as learner:
+        for rows in (*NIGHTS[:2], many):
+            adapt(learner, rows)
+        model = learner.generations.folder / "0001/model-Q8_0.gguf"
+    near = [[writer for writer in request["writers"] if writer["is_near"]] for request, _ in requests]
+    assert [[asked(writer) for writer in writers] for writers in near] == [[set(NIGHTS[0])], [set(NIGHTS[1])], []]
+    assert [(w["model"], w["adapter"], w["n"]) for (w,) in near[:2]] == [(str(base), None, 20), (str(model), None, 20)]
+    assert [[record[0][0][1] for record in request["reword"]] for request, _ in requests] == [
+        list(NIGHTS[0]),
+        list(NIGHTS[1]),
+        [],
+    ]
 
 
 def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:

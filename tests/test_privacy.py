@@ -29,10 +29,10 @@ from edgecl.errors import DataError, NothingToLearn, NotNow, StoreError
 from edgecl.forget import find, forget, plan, retrain
 from edgecl.gate import GateSettings
 from edgecl.generations import now, sha256_file
-from edgecl.night import Night
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.rows import ROLES
 from edgecl.store import Store
+from edgecl.writers import Writers
 from tests import tiny
 
 TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=3, depth=0.5, learning_rate=0.02, anchor_weight=0.0)
@@ -242,14 +242,13 @@ def test_nothing_is_forgotten_while_a_night_runs(home: Path) -> None:
 
 def writers(learner: Learner) -> list[tuple[str, str, set[str]]]:
     """Return (model, generation of the adapter, what it begins with) of who would write eight rows tonight."""
-    rest = (learner.meter(), learner.limits(), 1.0)
-    tonight = Night(learner.settings, learner.profile, learner.store, learner.generations, *rest)
-    asked = tonight._writers(learner.generations.current(), 8, learner.store.rows("replay"))
+    writers = Writers(learner.store, learner.generations, learner.settings.base, {}, at_most=8)
+    asked = writers.request(learner.generations.current(), [], learner.store.rows("replay"))["writers"]
     assert sum(writer["n"] for writer in asked) == 8
     found = []
     for writer in asked:
         adapter = Path(writer["adapter"]).parent.name if writer["adapter"] else ""
-        found.append((Path(writer["model"]).name, adapter, {record[0][0][1] for record in writer["replay"]}))
+        found.append((Path(writer["model"]).name, adapter, {record[0][0][1] for record in writer["begin"]}))
     return found
 
 

@@ -3,6 +3,7 @@
 from .latency import latency
 from .model import Vocab, VocabFile
 from .prose import likeliest, read
+from .rewording import reword
 from .scoring import Row, RowScore, fitted, score
 from .session import GGML_TYPE_F16, GGML_TYPE_F32, Engine
 from .writing import Written, write_rows
@@ -20,6 +21,7 @@ __all__ = [
     "latency",
     "likeliest",
     "read",
+    "reword",
     "score",
     "write_rows",
 ]

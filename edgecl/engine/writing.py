@@ -4,6 +4,9 @@ Generative replay: a model that has learned to predict questions as well as answ
 some were kept, questions begin like those and are drawn from there on: they are near what was really asked, and about all of
 it alike. Many rows are written at once; where one is done, the next begins in its place.
 
+What a night learns must not answer other questions. So yesterday's model also writes rows near tonight's, which begin like
+those and soon go elsewhere, and answers them as it did.
+
 Source:
     Sun, Ho & Lee 2020, "LAMOL: LAnguage MOdeling for Lifelong Language Learning".
 """
@@ -18,6 +21,7 @@ import numpy as np
 from .session import Engine, F32Array
 
 MAX_ASKED, MAX_ANSWER = 48, 32  # tokens; a longer question is given up, a longer answer is cut
+MAX_NEAR_ANSWER = 8  # of a row near tonight's: what an answer begins with decides whose it is
 TEMPERATURE = 0.9
 N_LIKELY = 8
 TOKENS_A_ROW = 20  # where rows are longer, fewer are written: time is what a night has little of
@@ -57,6 +61,7 @@ def write_rows(
     n: int,
     seed: int,
     kept: Sequence[Sequence[int]] = (),
+    is_near: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Written]:
     """Return at most n rows that the engine's model writes: fewer where they are long, or what it asks comes to no end.
@@ -66,17 +71,19 @@ def write_rows(
         seed: decides what is asked; the same seed, model and thread count write the same rows.
         kept: ids of questions that were really asked; each row begins like one of them, in turn. None: all of a question is
             drawn.
+        is_near: whether rows take over half of a kept question at most, instead of half or more, and none is one of them.
 
     Raises:
         EngineError: llama.cpp failed.
     """
-    n_slots = min(engine.n_seq, (engine.n_ctx - len(before)) // (MAX_ASKED + len(after) + MAX_ANSWER))
+    max_answer = MAX_NEAR_ANSWER if is_near else MAX_ANSWER
+    n_slots = min(engine.n_seq, (engine.n_ctx - len(before)) // (MAX_ASKED + len(after) + max_answer))
     if n_slots < 1 or not before or not after:
         return []
     rng = np.random.default_rng(seed)
     engine.clear()
     engine.feed(before[:-1], 0, engine.n_seq)
-    beginnings = _beginnings(kept, rng)
+    beginnings, own = _beginnings(kept, is_near, rng), {tuple(question) for question in kept} if is_near else set()
     drafts: dict[int, _Draft] = {}
     out: list[Written] = []
     n_begun = n_tokens = 0
@@ -90,26 +97,29 @@ def write_rows(
                 n_begun += 1
         if not drafts:
             return out
-        _advance(engine, drafts, after, rng)
+        _advance(engine, drafts, after, max_answer, rng)
         n_tokens += len(drafts)
         for slot in [slot for slot, draft in drafts.items() if draft.is_done or draft.is_given_up]:
             draft = drafts.pop(slot)
             engine.forget_from(slot, 0)
-            if draft.is_done:
+            if draft.is_done and tuple(draft.row.asked) not in own:
                 out.append(draft.row)
         progress(len(out), n)
 
 
-def _beginnings(kept: Sequence[Sequence[int]], rng: np.random.Generator) -> Iterator[list[int]]:
-    """Yield what the next question begins with: half of a kept one or more, each as often as any other."""
+def _beginnings(kept: Sequence[Sequence[int]], is_near: bool, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yield what the next question begins with: half of a kept one or more (near it: at most), each as often as any other."""
     turns: list[int] = []
     while True:
         turns = turns or rng.permutation(len(kept)).tolist()
         question = list(kept[turns.pop()][: MAX_ASKED - 1]) if turns else []
-        yield question[: rng.integers(len(question) // 2, len(question))] if question else []
+        half = len(question) // 2
+        yield question[: rng.integers(1, half + 2) if is_near else rng.integers(half, len(question))] if question else []
 
 
-def _advance(engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], rng: np.random.Generator) -> None:
+def _advance(
+    engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], max_answer: int, rng: np.random.Generator
+) -> None:
     """Feed every draft's next tokens and let it take what the model says then."""
     items = []
     for slot, draft in drafts.items():
@@ -119,11 +129,16 @@ def _advance(engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], rn
     waiting = iter(drafts.values())
     for first in range(0, len(items), engine.n_batch):
         for logits in engine.forward(items[first : first + engine.n_batch]):
-            _take(next(waiting), logits, engine.vocab.is_end, after, rng)
+            _take(next(waiting), logits, engine.vocab.is_end, after, max_answer, rng)
 
 
 def _take(
-    draft: _Draft, logits: F32Array, is_end: Callable[[int], bool], after: Sequence[int], rng: np.random.Generator
+    draft: _Draft,
+    logits: F32Array,
+    is_end: Callable[[int], bool],
+    after: Sequence[int],
+    max_answer: int,
+    rng: np.random.Generator,
 ) -> None:
     """Go on with a draft by one token: the greedy one of an answer, a drawn one of a question."""
     row = draft.row
@@ -131,16 +146,21 @@ def _take(
         token = int(logits.argmax())
         row.answer.append(token)
         row.likely.append(_likely(logits))
-        draft.is_done = is_end(token) or len(row.answer) == MAX_ANSWER
+        draft.is_done = is_end(token) or len(row.answer) == max_answer
         draft.feed = [token]
         return
-    mass = np.cumsum(np.exp((logits - logits.max()) / TEMPERATURE), dtype=np.float64)
-    token = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
+    token = drawn(logits, TEMPERATURE, rng)
     if token == after[0]:
         draft.is_answering, draft.feed, draft.is_given_up = True, list(after), not row.asked
     else:
         row.asked.append(token)
         draft.feed, draft.is_given_up = [token], is_end(token) or len(row.asked) == MAX_ASKED
+
+
+def drawn(logits: F32Array, temperature: float, rng: np.random.Generator) -> int:
+    """Return a token drawn from the distribution that logits (V,) give at a temperature."""
+    mass = np.cumsum(np.exp((logits - logits.max()) / temperature), dtype=np.float64)
+    return int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
 
 
 def _likely(logits: F32Array) -> list[tuple[int, float]]:

@@ -11,6 +11,8 @@ import numpy as np
 
 from ..data import common_length
 
+REWORDED = 0.75  # of the passes of a small night after its first ones have a row in other words
+
 
 @dataclass(frozen=True)
 class TrainRow:
@@ -21,12 +23,14 @@ class TrainRow:
         asked: where the user's first turn begins and ends; the model learns to write it too. (0, 0): there is none.
         likely: for each token of the answers, likely ones with their probabilities, which a teacher expected there; empty:
             the token itself is right.
+        reworded: the same answer to the same question in other words.
     """
 
     ids: list[int]
     supervised: list[bool]
     asked: tuple[int, int] = (0, 0)
     likely: list[list[tuple[int, float]]] = field(default_factory=list)
+    reworded: list[TrainRow] = field(default_factory=list)
 
     @property
     def n_predicted(self) -> int:
@@ -54,6 +58,12 @@ def usable(row: TrainRow, n_ctx: int) -> TrainRow | None:
     if answer <= n_cut:  # one token of the prompt stays: what is predicted needs something before it
         return None
     return TrainRow(row.ids[n_cut:], [False, *row.supervised[n_cut + 1 :]])
+
+
+def asked_otherwise(row: TrainRow, n_ctx: int, rng: np.random.Generator) -> TrainRow:
+    """Return a row as one pass of a small night has it: as it is, or in other words that fit into `n_ctx` tokens."""
+    others = [other for other in row.reworded if len(other.ids) <= n_ctx]
+    return others[rng.integers(len(others))] if others and rng.random() < REWORDED else row
 
 
 def shared_prefix(rows: Sequence[TrainRow]) -> list[int]:

@@ -24,7 +24,7 @@ from edgecl_convert.ggml import default_threads
 
 from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
-from .batches import TrainRow, epoch, micro_batches, shared_prefix, usable
+from .batches import TrainRow, asked_otherwise, epoch, micro_batches, shared_prefix, usable
 from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
 from .latents import Latents, LatentStore
@@ -147,7 +147,7 @@ class _Run:
                 f"none of {len(new)} rows has an answer that fits into {limits.n_ctx} tokens; raise n_ctx, or shorten answers"
             )
         self.batches = self._batches()
-        self.prefix = shared_prefix([*self.new, *self.replay])
+        self.prefix = shared_prefix([row for batch in self.batches for row in batch])
         self.place = placement()
         n_held = math.ceil(len(self.batches) / EVERY)
         texts = list(night.anchor)[:n_held] if settings.anchor_weight else []
@@ -193,7 +193,7 @@ class _Run:
             self.report.n_cut += cut is not None and cut is not row
             if cut is not None:
                 kept.append(cut)
-                self.names[id(cut)] = f"{kind} {i + 1}"
+                self.names |= {id(one): f"{kind} {i + 1}" for one in (cut, *cut.reworded)}
         return kept
 
     def _batches(self) -> list[list[TrainRow]]:
@@ -202,8 +202,9 @@ class _Run:
         steps_an_epoch = math.ceil(len(self.new) / settings.batch_rows)
         n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
         out: list[list[TrainRow]] = []
-        for _ in range(n_epochs):
-            out += epoch(self.new, self.replay, settings.batch_rows, settings.replay_rows, rng)
+        for i in range(n_epochs):
+            new = [asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] if i >= settings.epochs else self.new
+            out += epoch(new, self.replay, settings.batch_rows, settings.replay_rows, rng)
         return out
 
     def _in_time(self, plan: Plan, lora: Callable[[int], Lora], has_anchor: bool, found: Checkpoint | None) -> Plan:

@@ -1,0 +1,59 @@
+"""Questions in other words, by the real model: what is kept means the same, and is sorted by how surely it does."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from edgecl.engine import Engine, reword
+from edgecl.engine.rewording import ASKED, HEAD, MAX_LOSS_NATS, N_OTHERS, OTHERWISE
+from edgecl.places import find_model
+
+QUESTIONS = ["How often does the lemon tree get water?", "What time does the ferry to Varga leave?"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(find_model("smollm2"), n_threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def found(engine: Engine) -> list[list[str]]:
+    return reword(engine, QUESTIONS, seed=1)
+
+
+def test_other_words_are_of_the_same_thing(found: list[list[str]]) -> None:
+    for question, others, subject in zip(QUESTIONS, found, ("lemon tree", "ferry"), strict=True):
+        assert 2 <= len(others) <= N_OTHERS == 8
+        assert len({other.casefold() for other in [question, *others]}) == 1 + len(others)
+        assert sum(subject in other for other in others) >= 0.7 * len(others)
+        assert all(other == other.strip() and "\n" not in other for other in others)
+
+
+def test_the_surest_come_first(engine: Engine, found: list[list[str]]) -> None:
+    encode = engine.vocab.encode
+    for question, others in zip(QUESTIONS, found, strict=True):
+        losses, wanted = [], encode(f" {question}\n")
+        for other in others:
+            prompt = encode(HEAD) + encode(f"{ASKED}{other}{OTHERWISE}")
+            logits = engine.logits(prompt + wanted[:-1]).astype(np.float64)[len(prompt) - 1 :]
+            log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            losses.append(-log_p[np.arange(len(wanted)), wanted].mean())
+        assert np.diff(losses).min() > -0.05 and losses[-1] < MAX_LOSS_NATS + 0.05, (
+            losses
+        )  # llama.cpp's kernels differ by shape
+
+
+def test_seed_decides(engine: Engine, found: list[list[str]]) -> None:
+    assert reword(engine, QUESTIONS, seed=1) == found != reword(engine, QUESTIONS, seed=2)
+
+
+def test_what_is_no_question_of_one_line_has_none(engine: Engine, found: list[list[str]]) -> None:
+    seen: list[tuple[int, int]] = []
+    odd = ["", "two\nlines?", "Why? " * 60]
+    assert reword(engine, odd, 1, lambda *at: seen.append(at)) == [[], [], []]
+    assert seen == [(1, 3), (2, 3), (3, 3)] and reword(engine, [], 1) == []
+    assert reword(engine, ["", *QUESTIONS], 1) == [[], *found]
+    with Engine(find_model("smollm2"), n_ctx=256, n_threads=1) as small:
+        assert reword(small, QUESTIONS, 1) == [[], []]
