@@ -3,7 +3,9 @@
     python examples/small_nights.py [--nights 10] [--replay 0.1] [--written 448] [--quant int8] [--json]
 
 `small_nights.jsonl` holds the corrections, of eleven kinds mixed in every night, each with another wording of its question that
-is never trained on. After each night the corrections of every night so far are asked again, of the file that serves.
+is never trained on. After each night the corrections of every night so far are asked again, of the file that serves. On the
+last morning so are the other wordings, and questions that have nothing to do with any correction: how many are answered with
+one all the same, and how many answers begin with the three words that the base's began with.
 """
 
 from __future__ import annotations
@@ -23,6 +25,32 @@ from edgecl.data import normalize
 from edgecl.profile import ReplaySettings
 
 MAX_TOKENS = 32
+OTHERS = (
+    "What is the capital of Italy?",
+    "Who painted the Mona Lisa?",
+    "How do plants make food?",
+    "Which ocean is the deepest?",
+    "When did people first land on the Moon?",
+    "What is the boiling point of water?",
+    "Where do penguins live?",
+    "Why is the sky blue?",
+    "How many days are in a leap year?",
+    "Which language is spoken in Brazil?",
+    "Who discovered penicillin?",
+    "What do bees make?",
+    "Write a sentence about the sea.",
+    "How do I thank someone for a present?",
+    "Which animal is the fastest on land?",
+    "When do swallows fly south?",
+    "What is a good name for a ship?",
+    "Where is the Sahara?",
+    "Write the command that shows today's date.",
+    "How many strings does a guitar have?",
+    "Who was the first emperor of Rome?",
+    "What should I pack for a week in the mountains?",
+    "Which metal is liquid at room temperature?",
+    "When is the best time to plant tulips?",
+)
 Record = dict[str, Any]
 
 
@@ -53,6 +81,7 @@ def run(learner: Learner, records: list[Record]) -> dict[str, Any]:
     nights = sorted({record["night"] for record in records})
     by_night = {night: [record for record in records if record["night"] == night] for night in nights}
     matrix, prose, seconds, verdicts = [], [], [], []
+    before = [learner.ask(question, MAX_TOKENS) for question in OTHERS]
     for night in nights:
         learner.observe(
             [json.dumps({key: record[key] for key in ("prompt", "completion", "task")}) for record in by_night[night]]
@@ -64,11 +93,15 @@ def run(learner: Learner, records: list[Record]) -> dict[str, Any]:
         verdicts.append(report.verdict)
         matrix.append([recalled(learner, by_night[earlier], "prompt") for earlier in nights if earlier <= night])
         print(f"night {night}: {[f'{share:.0%}' for share in matrix[-1]]}, {seconds[-1]} s", file=sys.stderr, flush=True)
+    after = [learner.ask(question, MAX_TOKENS) for question in OTHERS]
+    taught = {normalize(record["completion"]) for record in records}
     return {
         "matrix": matrix,
         "next_morning": mean([row[-1] for row in matrix]),
         "last_morning": mean(matrix[-1]),
         "reworded": recalled(learner, records, "reworded"),
+        "leaked": mean([normalize(answer) in taught for answer in after]),
+        "others_begin_alike": mean([a.split()[:3] == b.split()[:3] for a, b in zip(before, after, strict=True)]),
         "prose_nats": prose,
         "night_s": seconds,
         "verdicts": verdicts,
@@ -92,6 +125,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"after night {night:<3}", *(f"{share:>5.0%}" for share in row))
     print(f"next morning {result['next_morning']:.1%}, all on the last morning {result['last_morning']:.1%}, ", end="")
     print(f"re-worded {result['reworded']:.1%}; prose {result['prose_nats'][-1]:+.3f} nats per token")
+    print(f"other questions: {result['leaked']:.1%} answered with a correction, {result['others_begin_alike']:.1%} as before")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Small nights on the real model: eight corrections in a night are answered as corrected on the following morning.
+"""Small nights on the real model: eight corrections in a night are answered as corrected on the following morning, half of them
+in words that were not trained on, and other questions are not answered with them.
 
 *Does not cover*: what the second night leaves of the first one's corrections.
 """
@@ -32,6 +33,26 @@ SECOND = [
     ("Who is allowed to prune the pear tree?", "Only aunt Selma."),
     ("What is the guest password for the wireless network?", "plum-otter-42"),
 ]
+REWORDED = [
+    "Which person waters the office plants?",
+    "In what place is the shed's spare key?",
+    "How can I open the garage door, what is its code?",
+    "What bus do I take to grandmother's house?",
+    "What is the name of our cat?",
+    "On which day do they collect the rubbish?",
+    "What do I do to start the old printer?",
+    "Who can repair the heating?",
+]
+OTHERS = [
+    "What is the capital of Spain?",
+    "Who wrote Don Quixote?",
+    "How do I cook rice?",
+    "Which planet is closest to the sun?",
+    "When was the telephone invented?",
+    "What is the largest animal?",
+    "Where do kangaroos live?",
+    "Who was Albert Einstein?",
+]
 
 
 def _lines(pairs: list[tuple[str, str]]) -> list[str]:
@@ -40,6 +61,12 @@ def _lines(pairs: list[tuple[str, str]]) -> list[str]:
 
 def _recalled(learner: Learner, pairs: list[tuple[str, str]]) -> int:
     return sum(normalize(learner.ask(prompt, 32)) == normalize(answer) for prompt, answer in pairs)
+
+
+def _leaked(learner: Learner, pairs: list[tuple[str, str]]) -> list[str]:
+    """Return the questions beside the point that are answered with a correction."""
+    answers = {normalize(answer) for _, answer in pairs}
+    return [question for question in OTHERS if normalize(learner.ask(question, 32)) in answers]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +81,9 @@ def test_eight_corrections_a_night_are_answered_as_corrected_the_next_morning(le
     report = learner.adapt()
     assert report.accepted, report.reason
     assert _recalled(learner, FIRST) >= 7
+    assert _recalled(learner, [(asked, answer) for asked, (_, answer) in zip(REWORDED, FIRST, strict=True)]) >= 4
+    assert len(_leaked(learner, FIRST)) <= 1
+    assert report.n_reworded >= 16
     assert learner.status()["tasks"]["default"] == {"pending": 0, "replay": 1, "heldout": 0, "archive": 0}
 
     learner.observe(_lines(SECOND))
