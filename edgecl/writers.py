@@ -24,7 +24,7 @@ MIN_WRITTEN = 64  # rows for a small night
 WRITTEN_A_ROW = 5 / 3  # rows for each new one of a larger night, up to replay.written; on a first night, one
 BEGUN = 0.9  # of the written rows begin like kept ones, if any were
 SMALL = 32  # new rows at most: a night of corrections
-NEAR_A_ROW = 12  # rows near each new one of a small night
+NEAR_A_ROW, MAX_NEAR = 12, 96  # rows near each new one of a small night, and near all of them
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Writers:
 
     Attributes:
         base: file of the base; engine: options of llama.cpp.
-        at_most: rows to rehearse, of each kind (`replay.written`).
+        at_most: rows of each kind (`replay.written`).
     """
 
     store: Store
@@ -48,7 +48,7 @@ class Writers:
         n = min(self.at_most, max(round(len(new) * (WRITTEN_A_ROW if replay else 1)), MIN_WRITTEN))
         request: dict[str, Any] = {"base": self.base, "engine": self.engine, "writers": [], "reword": []}
         if n:
-            small = sorted(new, key=lambda row: row.id) if len(new) <= SMALL else []
+            small = new if len(new) <= SMALL else []
             request["writers"] = self._writers(yesterday, n, replay, small)
             request["reword"] = [record_of(row.example) for row in small]
         return request
@@ -74,7 +74,7 @@ class Writers:
         parts: list[tuple[Path, Path | None, list[Stored], int]]
         parts = [(writer.model, writer.adapter, [], n - len(begun))]
         parts += [(Path(self.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
-        n_near = min(self.at_most, NEAR_A_ROW * len(small))
+        n_near = min(self.at_most, NEAR_A_ROW * len(small), MAX_NEAR)
         parts += [(writer.model, writer.adapter, small, n_near)] if n_near else []
         return [
             {

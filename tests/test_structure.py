@@ -40,6 +40,7 @@ LAYERS = (
     {"train", "engine", "store", "generations", "device", "timer", "tries"},
     {
         "measure",
+        "writers",
         "night",
         "learner",
         "nightly",
