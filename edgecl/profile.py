@@ -107,7 +107,8 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the new rows.
-        min_steps: a small night repeats its rows, mostly in other words, until it has made this many steps.
+        min_steps: a small night repeats its rows until it has made this many steps, and half as many more if it has them in
+            other words (see `replay.written`).
         depth: share of the layers that are trained, counted from the head; less is faster, learns a little less of the night
             and forgets more of earlier ones (the README has the figures).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
@@ -124,7 +125,7 @@ class TrainSettings:
     lora_alpha: float = 16.0
     depth: float = 1.0
     epochs: int = 3
-    min_steps: int = 60
+    min_steps: int = 40
     batch_rows: int = 8
     replay_rows: int = 12
     learning_rate: float = 1e-3
@@ -180,8 +181,9 @@ class ReplaySettings:
     Attributes:
         share: of each night's rows, the most that may be kept for rehearsal (one row at least when above 0).
         heldout: of each task's rows, what is set aside for measuring and never trained on.
-        written: rows, at most, that the models of earlier nights write each night, for rehearsal beside the kept ones; none
-            is stored.
+        written: rows, at most, that the models of earlier nights write each night, for rehearsal beside the kept ones; and as
+            many near the new ones of a small night, whose questions are also put in other words. 0: nothing is written. None
+            of it is stored.
         archive: keep every learned row.
     """
 

@@ -111,10 +111,13 @@ def write_stage(request: Request, report: Report) -> Request:
             engine.switch(writer["model"], writer["adapter"])
             chats = chat_format(base, engine.vocab)
             rows = [chats.encode(example_from(record)) for record in writer["begin"]]
-            kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1]]
+            kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1] > row.asked[0] + 1]
+            if writer["is_near"] and not kept:  # chats that begin otherwise than with a question
+                continue
             found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"], say)
             written += [asdict(row) for row in found]
-        engine.switch(request["base"])
+        if asked:
+            engine.switch(request["base"])
         reworded = reword(engine, asked, first["seed"], say)
     return {"written": written, "reworded": reworded}
 
@@ -198,13 +201,13 @@ def merge_stage(request: Request, report: Report) -> Request:
 
 def measure_stage(request: Request, report: Report) -> Request:
     """Score rows and prose in llama.cpp."""
-    from .engine import Engine, Row, fitted, likeliest, read, score
+    from .engine import Engine, Row, fitted, likeliest_in, read_prose, score
 
     began = time.perf_counter()
     examples = [example_from(record) for record in request["rows"]]
     if request["prose"]:
         with Engine(request["base"], None, **request["engine"]) as engine:  # closed again: a board has memory for one model
-            expected = likeliest(engine, prose_text())
+            expected = likeliest_in(engine, prose_text())
     with (
         Engine(request["model"], request["adapter"], **request["engine"]) as engine,
         GgufFile(request["base"]) as base,
@@ -215,7 +218,7 @@ def measure_stage(request: Request, report: Report) -> Request:
         for example, result in zip(examples, score(engine, rows), strict=True):
             scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens, result.text])
             report(len(scores), len(examples), Path(request["model"]).name)
-        prose = asdict(read(engine, prose_text(), expected)) if request["prose"] else {}
+        prose = asdict(read_prose(engine, prose_text(), expected)) if request["prose"] else {}
     return {"scores": scores, "prose": prose, "eval_s": time.perf_counter() - began}
 
 

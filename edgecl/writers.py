@@ -71,21 +71,21 @@ class Writers:
         by_adapter: dict[Path | None, list[Stored]] = {}
         for row in begun:
             by_adapter.setdefault(self.adapter_of(row, writer, silent), []).append(row)
-        parts: list[tuple[Path, Path | None, list[Stored], int]]
-        parts = [(writer.model, writer.adapter, [], n - len(begun))]
-        parts += [(Path(self.base), adapter, rows, len(rows)) for adapter, rows in by_adapter.items()]
+        parts: list[tuple[Path, Path | None, list[Stored], int, bool]]
+        parts = [(writer.model, writer.adapter, [], n - len(begun), False)]
+        parts += [(Path(self.base), adapter, rows, len(rows), False) for adapter, rows in by_adapter.items()]
         n_near = min(self.at_most, NEAR_A_ROW * len(small), MAX_NEAR)
-        parts += [(writer.model, writer.adapter, small, n_near)] if n_near else []
+        parts += [(writer.model, writer.adapter, small, n_near, True)] if n_near else []
         return [
             {
                 "model": str(model),
                 "adapter": str(adapter) if adapter else None,
                 "begin": [record_of(row.example) for row in rows],
-                "is_near": rows is small,
+                "is_near": is_near,
                 "n": n_rows,
                 "seed": 1000 * number + i,
             }
-            for i, (model, adapter, rows, n_rows) in enumerate(parts)
+            for i, (model, adapter, rows, n_rows, is_near) in enumerate(parts)
         ]
 
     def _newest_but(self, silent: set[int], yesterday: Generation) -> Generation:

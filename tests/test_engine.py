@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import END, N_VOCAB, START, Tiny, build, random_adapter, random_tokens, torch_model, write_model
 
-from edgecl.engine import GGML_TYPE_F32, Engine, Row, VocabFile, fitted, latency, likeliest, read, score
+from edgecl.engine import GGML_TYPE_F32, Engine, Row, VocabFile, fitted, latency, likeliest_in, read_prose, score
 from edgecl.errors import EngineError
 from edgecl_convert import GgufFile, write_gguf_adapter
 
@@ -140,14 +140,14 @@ def test_prose_is_read_as_a_computation_by_hand_reads_it(paths, monkeypatch):
         targets = [token for i in (0, 40, 80) for token in tokens[i + 1 : i + 40]]
         nats = -np.mean([row[target] for row, target in zip(log_p[adapted], targets, strict=True)])
         kld = (np.exp(log_p[base]) * (log_p[base] - log_p[adapted])).sum(1).mean()
-        whole = read(adapted, TEXT, likeliest(base, TEXT))
+        whole = read_prose(adapted, TEXT, likeliest_in(base, TEXT))
         assert kld > 0.01 and (whole.nats, whole.kld) == pytest.approx((nats, kld), rel=1e-3)
 
         monkeypatch.setattr("edgecl.engine.prose.N_LIKELIEST", base.vocab.n_vocab // 8)
-        expected = likeliest(base, TEXT)
-        part = read(adapted, TEXT, expected)
+        expected = likeliest_in(base, TEXT)
+        part = read_prose(adapted, TEXT, expected)
         assert part.nats == whole.nats and 0 < part.kld < whole.kld
-        same = read(base, TEXT, expected)
+        same = read_prose(base, TEXT, expected)
         assert same.kld == pytest.approx(0, abs=1e-6) and same.nats != whole.nats
 
 
@@ -281,8 +281,8 @@ def test_closed_engine_says_so(paths):
         lambda: engine.set_adapter(None),
         lambda: engine.vocab.encode("a"),
         lambda: list(score(engine, [Row(SHARED, [70])])),
-        lambda: likeliest(engine, TEXT),
-        lambda: read(engine, TEXT, []),
+        lambda: likeliest_in(engine, TEXT),
+        lambda: read_prose(engine, TEXT, []),
         lambda: latency(engine),
     ):
         with pytest.raises(EngineError, match="closed"):

@@ -14,10 +14,11 @@ import pytest
 
 from edgecl import Learner, night
 from edgecl.data import Example
-from edgecl.engine import Engine, write_rows
+from edgecl.engine import Engine, VocabFile, write_rows
 from edgecl.gate import GateSettings
+from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
-from edgecl.stages import chat_format, example_from
+from edgecl.stages import chat_format, example_from, question_of, train_row
 from edgecl.writers import SMALL
 from edgecl_convert import GgufFile
 from tests import tiny
@@ -104,6 +105,19 @@ def test_a_small_night_has_rows_near_its_new_ones_by_last_nights_model(
         list(NIGHTS[1]),
         [],
     ]
+
+
+def test_only_a_chat_of_one_question_is_asked_in_other_words() -> None:
+    one = (("system", "Be brief."), ("user", "Who?"), ("assistant", "Mira."))
+    two = (("user", "Who?"), ("assistant", "Mira."), ("user", "When?"), ("assistant", "On Friday."))
+    assert [question_of(Example(messages)) for messages in (one, two)] == ["Who?", ""]
+    with GgufFile(find_model("smollm2")) as base, VocabFile(base.path) as vocab:
+        chats = chat_format(base, vocab)
+        row = train_row(chats, Example(one), ["Which person?", "By whom?"])
+        texts = [b"".join(map(vocab.piece, one.ids)).decode() for one in (row, *row.reworded)]
+    assert ["Be brief." in text and "Mira." in text for text in texts] == [True] * 3
+    assert [question in text for question, text in zip(("Who?", "Which person?", "By whom?"), texts, strict=True)] == [True] * 3
+    assert [other.n_predicted for other in row.reworded] == [row.n_predicted] * 2 and not row.reworded[0].reworded
 
 
 def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:

@@ -40,9 +40,7 @@ def test_the_surest_come_first(engine: Engine, found: list[list[str]]) -> None:
             logits = engine.logits(prompt + wanted[:-1]).astype(np.float64)[len(prompt) - 1 :]
             log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
             losses.append(-log_p[np.arange(len(wanted)), wanted].mean())
-        assert np.diff(losses).min() > -0.05 and losses[-1] < MAX_LOSS_NATS + 0.05, (
-            losses
-        )  # llama.cpp's kernels differ by shape
+        assert np.diff(losses).min() > -0.1 and losses[-1] < MAX_LOSS_NATS + 0.1, losses  # llama.cpp's kernels differ by shape
 
 
 def test_seed_decides(engine: Engine, found: list[list[str]]) -> None:
@@ -52,8 +50,22 @@ def test_seed_decides(engine: Engine, found: list[list[str]]) -> None:
 def test_what_is_no_question_of_one_line_has_none(engine: Engine, found: list[list[str]]) -> None:
     seen: list[tuple[int, int]] = []
     odd = ["", "two\nlines?", "Why? " * 60]
-    assert reword(engine, odd, 1, lambda *at: seen.append(at)) == [[], [], []]
-    assert seen == [(1, 3), (2, 3), (3, 3)] and reword(engine, [], 1) == []
-    assert reword(engine, ["", *QUESTIONS], 1) == [[], *found]
+    assert reword(engine, odd, 1) == [[], [], []] and reword(engine, [], 1) == []
+    assert reword(engine, ["", *QUESTIONS], 1, lambda *at: seen.append(at)) == [[], *found]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     with Engine(find_model("smollm2"), n_ctx=256, n_threads=1) as small:
         assert reword(small, QUESTIONS, 1) == [[], []]
+
+
+def test_a_smaller_context_draws_fewer(engine: Engine) -> None:
+    with Engine(find_model("smollm2"), n_ctx=512, n_batch=64, n_threads=1) as small:
+        (others,) = reword(small, QUESTIONS[:1], 1)
+    assert others and all("tree" in other for other in others[:2])
+
+
+def test_numbers_stay_and_no_wording_is_another_of_tonights_questions(engine: Engine) -> None:
+    question = "Who lives in number 14?"
+    (others,) = reword(engine, [question], 2)
+    assert others and all("14" in other for other in others)
+    again = reword(engine, [question, others[0].upper()], 2)
+    assert others[0] not in again[0] and set(others[1:]) <= set(again[0])

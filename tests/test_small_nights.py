@@ -81,7 +81,9 @@ def test_eight_corrections_a_night_are_answered_as_corrected_the_next_morning(le
     report = learner.adapt()
     assert report.accepted, report.reason
     assert _recalled(learner, FIRST) >= 7
-    assert _recalled(learner, [(asked, answer) for asked, (_, answer) in zip(REWORDED, FIRST, strict=True)]) >= 4
+    assert (
+        _recalled(learner, [(asked, answer) for asked, (_, answer) in zip(REWORDED, FIRST, strict=True)]) >= 6
+    )  # of 8; a model that was shown its own words alone knows half
     assert len(_leaked(learner, FIRST)) <= 1
     assert report.n_reworded >= 16
     assert learner.status()["tasks"]["default"] == {"pending": 0, "replay": 1, "heldout": 0, "archive": 0}

@@ -239,6 +239,18 @@ def test_small_night_repeats_its_rows_until_min_steps(models):
     assert seen == [(i + 1, 7) for i in range(7)] and report.steps == 7 and not report.stopped_early
 
 
+def test_a_small_night_that_has_its_rows_in_other_words_is_longer_and_knows_them_in_those(models):
+    base, _ = models("llama")
+    rows, settings = facts(3, 1), replace(FAST, epochs=2, min_steps=30)
+    others = [replace(other, ids=[*other.ids[:-2], *row.ids[-2:]]) for row, other in zip(rows, facts(3, 2), strict=True)]
+    both = [replace(row, reworded=[other]) for row, other in zip(rows, others, strict=True)]
+    plain, before = fit(base, rows, [], settings)
+    adapter, report = fit(base, both, [], settings)
+    assert (before.steps, report.steps) == (30, 45)
+    assert answer_loss(base, adapter, rows) < 0.3 * answer_loss(base, None, rows)
+    assert answer_loss(base, adapter, others) < 0.5 * answer_loss(base, plain, others)
+
+
 def test_anchor_holds_the_model_to_its_base(models):
     base, _ = models("llama")
 

@@ -1,5 +1,6 @@
 """Rows that a model writes itself: questions drawn from its distribution, greedy answers, however many are made at once."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -9,7 +10,7 @@ import torch
 from tiny import END, START, Tiny, random_tokens, torch_model, write_model
 
 from edgecl.engine import GGML_TYPE_F32, Engine, write_rows
-from edgecl.engine.writing import MAX_ANSWER, MAX_ASKED, MAX_NEAR_ANSWER, N_LIKELY, TEMPERATURE, TOKENS_A_ROW
+from edgecl.engine.writing import MAX_ANSWER, MAX_ASKED, MAX_NEAR_ANSWER, N_LIKELY, TEMPERATURE, TOKENS_A_ROW, _beginnings
 
 BEFORE = [START, *random_tokens(8, seed=60)]
 AFTER = [END, *random_tokens(3, seed=61)]
@@ -120,13 +121,23 @@ def test_what_cannot_be_written_is_not(talker):
 def test_rows_near_others_begin_like_them_and_are_none_of_them(talker):
     kept = [random_tokens(n, seed=90 + n) for n in (1, 2, 9)]
     with open_engine(talker) as engine:
-        rows = write_rows(engine, BEFORE, AFTER, 120, 6, kept, is_near=True)
-        written = [tuple(row.asked) for row in rows]
-        again = write_rows(engine, BEFORE, AFTER, 120, 6, [list(written[0])], is_near=True)
-    starts = Counter(question[0] for question in written)
-    assert len(rows) > 100 and set(starts) == {question[0] for question in kept}
-    shared = [next((i for i, pair in enumerate(zip(q, kept[2], strict=False)) if len(set(pair)) > 1), 9) for q in written]
-    assert {1, 2, 3, 4, 5} <= {n for n in shared if n}, "half of it at most, or what the model says itself"
+        rows = write_rows(engine, BEFORE, AFTER, 200, 6, kept, is_near=True)
+        free = write_rows(engine, BEFORE, AFTER, 200, 6)
+        short = sorted({tuple(row.asked) for row in free if len(row.asked) == 1})
+        near = write_rows(engine, BEFORE, AFTER, 200, 6, [list(question) for question in short], is_near=True)
+    written = [tuple(row.asked) for row in rows]
+    assert len(rows) > 150 and {question[0] for question in written} == {question[0] for question in kept}
     assert {len(row.answer) for row in rows if END not in row.answer} == {MAX_NEAR_ANSWER}
     assert max(len(row.answer) for row in rows) == MAX_NEAR_ANSWER
-    assert tuple(again[0].asked) != written[0] and written[0] not in {tuple(row.asked) for row in again}
+    assert len(short) > 3 and 100 < len(near) < 200, "some ended at once"
+    assert not {tuple(row.asked) for row in near} & set(short)
+
+
+def test_what_a_near_question_begins_with_is_half_of_another_at_most():
+    kept = [random_tokens(n, seed=90 + n) for n in (1, 2, 9)]
+    beginnings = itertools.islice(_beginnings(kept, True, np.random.default_rng(1)), 300)
+    lengths = {question[0]: set() for question in kept}
+    for begun in beginnings:
+        assert begun in [question[: len(begun)] for question in kept]
+        lengths[begun[0]].add(len(begun))
+    assert list(lengths.values()) == [{1}, {1}, {1, 2, 3, 4}]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.table import Table
 
 from ..errors import DataError, SettingError
 from ..learner import GATES
+from ..metrics import plasticity_retention
 from ..profile import ReplaySettings, served_at
 from ..stream import Cell, Stream, run_stream
 from .output import console, json_option, print_json, progress_bar, safe, size
@@ -97,11 +99,12 @@ def print_stream(result: dict[str, Any]) -> None:
         prose = result["nights"][i]["prose"]
         table.add_row(f"{i + 1} {safe(task)}", *cells, f"{prose['after'] - prose['base']:+.2f}")
     out.print(table)
-    names = "acc", "bwt", "fwt", "forgetting"
-    out.print("  ".join(f"{name.upper() if name != 'forgetting' else name} {result[name]:.3f}" for name in names))
-    plasticity, retention = result["plasticity_retention"][-1]
+    names = "acc", "bwt", "fwt"
+    out.print("  ".join([*(f"{name.upper()} {result[name]:.3f}" for name in names), f"forgetting {result['forgetting']:.3f}"]))
+    plasticity, retention = plasticity_retention(np.array(result["matrix"], np.float64))[-1]
     out.print(f"plasticity {plasticity:.3f}  retention {retention:.1%}")
-    ranges = (f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
+    labels = {name: name.upper() if name in names else name for name in result["intervals"]}
+    ranges = (f"{labels[name]} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
     out.print(f"95% intervals over the test rows: {', '.join(ranges)}")
     if "against_int8" in result:
         gap = result["against_int8"]

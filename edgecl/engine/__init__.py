@@ -2,7 +2,7 @@
 
 from .latency import latency
 from .model import Vocab, VocabFile
-from .prose import likeliest, read
+from .prose import likeliest_in, read_prose
 from .rewording import reword
 from .scoring import Row, RowScore, fitted, score
 from .session import GGML_TYPE_F16, GGML_TYPE_F32, Engine
@@ -19,8 +19,8 @@ __all__ = [
     "Written",
     "fitted",
     "latency",
-    "likeliest",
-    "read",
+    "likeliest_in",
+    "read_prose",
     "reword",
     "score",
     "write_rows",

@@ -43,7 +43,7 @@ class Reading:
     kld: float
 
 
-def likeliest(engine: Engine, text: str) -> list[Likeliest]:
+def likeliest_in(engine: Engine, text: str) -> list[Likeliest]:
     """Return what a model expects in each of the first windows of `text`."""
     out = []
     for _, log_p in _windows(engine, text):
@@ -53,7 +53,7 @@ def likeliest(engine: Engine, text: str) -> list[Likeliest]:
     return out
 
 
-def read(engine: Engine, text: str, base: Sequence[Likeliest]) -> Reading:
+def read_prose(engine: Engine, text: str, base: Sequence[Likeliest]) -> Reading:
     """Return how a model reads the first windows of `text`, of which `base` says what the base expects in them.
 
     Source:

@@ -9,11 +9,12 @@ Source:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .scoring import negative_log_likelihood
+from .scoring import Row, score
 from .session import Engine
 from .writing import MAX_ASKED, drawn
 
@@ -39,43 +40,55 @@ def reword(
     """Return for each question at most N_OTHERS that mean the same, the surest first.
 
     Args:
-        questions: of one line; empty ones, others, and those of more than MAX_ASKED tokens have none.
+        questions: of one line; empty ones, others, those of more than MAX_ASKED tokens, and all where the context is too small
+            for the examples have none.
         seed: decides what is drawn; the same seed, model and thread count find the same.
 
     Raises:
         EngineError: llama.cpp failed.
     """
-    rng = np.random.default_rng(seed)
-    head = engine.vocab.encode(HEAD)
+    rng, encode = np.random.default_rng(seed), engine.vocab.encode
+    head = encode(HEAD) if engine.vocab.bos is None else [engine.vocab.bos, *encode(HEAD)]
+    asking, wanted = ([encode(text) for text in texts] for texts in (map(_asking, questions), (f" {q}\n" for q in questions)))
+    n_seq = min(engine.n_seq, (engine.n_ctx - len(head)) // MAX_ASKED - 2)
+    fit = [bool(q) and "\n" not in q and len(ids) <= MAX_ASKED for q, ids in zip(questions, asking, strict=True)]
+    if n_seq < 1 or not any(fit):
+        return [[] for _ in questions]
+    own = {question.casefold() for question in questions}
     engine.clear()
     engine.feed(head, 0, engine.n_seq)
-    out: list[list[str]] = []
-    for question in questions:
-        wanted = engine.vocab.encode(f" {question}\n")
-        fits = len(head) + (engine.n_seq + 2) * MAX_ASKED <= engine.n_ctx and engine.n_batch >= 2 * MAX_ASKED + 16
-        found: dict[str, float] = {}
-        if fits and question and "\n" not in question and len(wanted) <= MAX_ASKED:
-            for other in dict.fromkeys(_draw(engine, len(head), _asking(engine, question), rng)):
-                if other.casefold() != question.casefold():
-                    found[other] = _loss(engine, len(head), _asking(engine, other), wanted)
-        sure = sorted((other for other in found if found[other] < MAX_LOSS_NATS), key=found.__getitem__)
-        out.append(sure[:N_OTHERS])
-        progress(len(out), len(questions))
+    others: list[list[str]] = []
+    for question, prompt, fits in zip(questions, asking, fit, strict=True):
+        drawn_ones = _draw(engine, n_seq, len(head), prompt, rng) if fits else []
+        alike = dict.fromkeys(other for other in drawn_ones if _numbers(other) == _numbers(question))
+        others.append([other for other in alike if other.casefold() not in own])
+        progress(len(others), len(questions))
+    back = [Row(head + encode(_asking(other)), wanted[i]) for i, found in enumerate(others) for other in found]
+    losses = [scored.loss_nats for scored in score(engine, back, extra_tokens=0)]
+    out = []
+    for found in others:
+        mine, losses = losses[: len(found)], losses[len(found) :]
+        sure = sorted((loss, other) for loss, other in zip(mine, found, strict=True) if loss < MAX_LOSS_NATS)
+        out.append([other for _, other in sure[:N_OTHERS]])
     return out
 
 
-def _asking(engine: Engine, question: str) -> list[int]:
-    return engine.vocab.encode(f"{ASKED}{question}{OTHERWISE}")
+def _asking(question: str) -> str:
+    return f"{ASKED}{question}{OTHERWISE}"
 
 
-def _draw(engine: Engine, n_head: int, prompt: Sequence[int], rng: np.random.Generator) -> list[str]:
-    """Return what the model says behind `prompt` up to the end of the line, drawn once in each sequence."""
+def _numbers(text: str) -> list[str]:
+    return sorted(re.findall(r"\d+", text))
+
+
+def _draw(engine: Engine, n_seq: int, n_head: int, prompt: Sequence[int], rng: np.random.Generator) -> list[str]:
+    """Return what the model says behind `prompt` up to the end of the line, drawn once in each of n_seq sequences."""
     first = n_head + len(prompt) - 1
     engine.copy_prefix(engine.n_seq, 0, n_head)
     engine.feed(prompt[:-1], n_head, 0)
-    for sequence in range(1, engine.n_seq):
+    for sequence in range(1, n_seq):
         engine.copy_prefix(0, sequence, first)
-    tokens, lines = dict.fromkeys(range(engine.n_seq), prompt[-1]), [b""] * engine.n_seq
+    tokens, lines = dict.fromkeys(range(n_seq), prompt[-1]), [b""] * n_seq
     for position in range(first, first + MAX_ASKED):
         logits = engine.forward([(token, position, sequence, True) for sequence, token in tokens.items()])
         for sequence, x in zip(list(tokens), logits, strict=True):
@@ -85,17 +98,7 @@ def _draw(engine: Engine, n_head: int, prompt: Sequence[int], rng: np.random.Gen
                 del tokens[sequence]
         if not tokens:
             break
-    for sequence in range(engine.n_seq):
+    for sequence in range(n_seq):
         engine.forget_from(sequence, 0)
     texts = (line.split(b"\n")[0].decode("utf-8", "replace").strip() for line in lines if b"\n" in line)
     return [text for text in texts if text]
-
-
-def _loss(engine: Engine, n_head: int, prompt: Sequence[int], wanted: Sequence[int]) -> float:
-    """Return the mean nats of the tokens `wanted` behind `prompt`."""
-    engine.copy_prefix(engine.n_seq, 0, n_head)
-    tokens = [*prompt, *wanted[:-1]]
-    logits = engine.forward([(token, n_head + i, 0, i >= len(prompt) - 1) for i, token in enumerate(tokens)])
-    loss = np.mean([negative_log_likelihood(x, token) for x, token in zip(logits, wanted, strict=True)])
-    engine.forget_from(0, 0)
-    return float(loss)

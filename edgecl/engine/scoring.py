@@ -94,7 +94,7 @@ def _score_group(engine: Engine, group: list[Row], shared: int, extra_tokens: in
         wanted = [item[2] for item in chunk if item[3]]
         for sequence, logits in zip(wanted, engine.forward(chunk), strict=True):
             target = group[sequence].answer[len(losses[sequence])]
-            losses[sequence].append(negative_log_likelihood(logits, target))
+            losses[sequence].append(_negative_log_likelihood(logits, target))
             best[sequence].append(int(logits.argmax()))
     answers = _finish_wrong(engine, group, best, extra_tokens)
     for sequence in range(len(group)):
@@ -124,7 +124,6 @@ def _finish_wrong(engine: Engine, group: list[Row], best: list[list[int]], extra
     return answers
 
 
-def negative_log_likelihood(logits: F32Array, target: int) -> float:
-    """Return the nats that a token costs where logits (V,) say what comes next."""
+def _negative_log_likelihood(logits: F32Array, target: int) -> float:
     top = float(logits.max())
     return top + float(np.log(np.exp(logits - top).sum(dtype=np.float64))) - float(logits[target])

@@ -71,7 +71,7 @@ def write_rows(
         seed: decides what is asked; the same seed, model and thread count write the same rows.
         kept: ids of questions that were really asked; each row begins like one of them, in turn. None: all of a question is
             drawn.
-        is_near: whether rows take over half of a kept question at most, instead of half or more, and none is one of them.
+        is_near: whether rows begin with a token to half of a kept question, instead of half or more, and none is one of them.
 
     Raises:
         EngineError: llama.cpp failed.
@@ -108,13 +108,14 @@ def write_rows(
 
 
 def _beginnings(kept: Sequence[Sequence[int]], is_near: bool, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Yield what the next question begins with: half of a kept one or more (near it: at most), each as often as any other."""
+    """Yield what the next question begins with: half of a kept one or more (near it: or less), each as often as any other."""
     turns: list[int] = []
     while True:
         turns = turns or rng.permutation(len(kept)).tolist()
         question = list(kept[turns.pop()][: MAX_ASKED - 1]) if turns else []
         half = len(question) // 2
-        yield question[: rng.integers(1, half + 2) if is_near else rng.integers(half, len(question))] if question else []
+        least, most = (1, max(half, 1) + 1) if is_near else (half, len(question))
+        yield question[: rng.integers(least, most)] if question else []
 
 
 def _advance(

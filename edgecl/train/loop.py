@@ -37,6 +37,7 @@ from .shape import read_shape
 from .weights import placement
 
 EVERY = 2  # steps comes the anchor, and on the others the questions: each weighs as much more then
+LONGER = 1.5  # times the steps takes a small night that has its rows in other words too
 AHEAD = 4  # steps, whose rows go through the layers that are not trained together
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
@@ -200,7 +201,8 @@ class _Run:
         """Return the rows of every step."""
         settings, rng = self.settings, np.random.default_rng(self.settings.seed)
         steps_an_epoch = math.ceil(len(self.new) / settings.batch_rows)
-        n_epochs = max(settings.epochs, math.ceil(settings.min_steps / steps_an_epoch))
+        least = settings.min_steps * (LONGER if any(row.reworded for row in self.new) else 1)
+        n_epochs = max(settings.epochs, math.ceil(least / steps_an_epoch))
         out: list[list[TrainRow]] = []
         for i in range(n_epochs):
             new = [asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] if i >= settings.epochs else self.new
