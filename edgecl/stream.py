@@ -39,6 +39,8 @@ from .night import kept_ids
 from .places import find_model
 from .profile import PrivacySettings, ReplaySettings, TrainSettings
 
+MINUTES = 24 * 60.0  # of a night: one that time cuts short is no measurement
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -256,7 +258,7 @@ class _Run:
         """Return what the night of task i did, and how the rows of the tasks so far, and of the next one, are answered then."""
         task = self.stream.tasks[i]
         learner.observe(self.stream.train[task])
-        facts = learner.adapt(gate=self.gate, compare=compare, progress=self.progress).as_dict()
+        facts = learner.adapt(minutes=MINUTES, gate=self.gate, compare=compare, progress=self.progress).as_dict()
         rows = self._rows(learner, learner.generations.current(), self.stream.tasks[: i + 2])
         return {"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")}, rows
 
