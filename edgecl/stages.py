@@ -112,8 +112,6 @@ def write_stage(request: Request, report: Report) -> Request:
             chats = chat_format(base, engine.vocab)
             rows = [chats.encode(example_from(record)) for record in writer["begin"]]
             kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1] > row.asked[0] + 1]
-            if writer["is_near"] and not kept:  # chats that begin otherwise than with a question
-                continue
             found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"], say)
             written += [asdict(row) for row in found]
         if asked:

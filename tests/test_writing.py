@@ -116,6 +116,7 @@ def test_what_cannot_be_written_is_not(talker):
     with open_engine(talker) as engine:
         assert write_rows(engine, [], AFTER, 3, seed=1) == write_rows(engine, BEFORE, [], 3, seed=1) == []
         assert write_rows(engine, BEFORE, AFTER, 0, seed=1) == []
+        assert write_rows(engine, BEFORE, AFTER, 3, seed=1, is_near=True) == [], "near nothing"
 
 
 def test_rows_near_others_begin_like_them_and_are_none_of_them(talker):

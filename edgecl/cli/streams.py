@@ -20,6 +20,8 @@ from ..profile import ReplaySettings, served_at
 from ..stream import Cell, Stream, run_stream
 from .output import console, json_option, print_json, progress_bar, safe, size
 
+LABELS = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT"}  # of metrics that are known by other names than their keys
+
 
 def _numbers(text: str, kind: type, name: str) -> list[Any]:
     try:
@@ -99,12 +101,11 @@ def print_stream(result: dict[str, Any]) -> None:
         prose = result["nights"][i]["prose"]
         table.add_row(f"{i + 1} {safe(task)}", *cells, f"{prose['after'] - prose['base']:+.2f}")
     out.print(table)
-    names = "acc", "bwt", "fwt"
-    out.print("  ".join([*(f"{name.upper()} {result[name]:.3f}" for name in names), f"forgetting {result['forgetting']:.3f}"]))
+    names = "acc", "bwt", "fwt", "forgetting"
+    out.print("  ".join(f"{LABELS.get(name, name)} {result[name]:.3f}" for name in names))
     plasticity, retention = plasticity_retention(np.array(result["matrix"], np.float64))[-1]
     out.print(f"plasticity {plasticity:.3f}  retention {retention:.1%}")
-    labels = {name: name.upper() if name in names else name for name in result["intervals"]}
-    ranges = (f"{labels[name]} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
+    ranges = (f"{LABELS.get(name, name)} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
     out.print(f"95% intervals over the test rows: {', '.join(ranges)}")
     if "against_int8" in result:
         gap = result["against_int8"]

@@ -44,11 +44,12 @@ class Written:
 
 @dataclass
 class _Draft:
-    """A row in the making: what it holds so far, where it is in the cache, and which tokens are to be fed next."""
+    """A row in the making: what it holds so far, where it is in the cache, what is to be fed next, where its answer is cut."""
 
     row: Written
     position: int
     feed: list[int]
+    max_answer: int
     is_answering: bool = False
     is_done: bool = False
     is_given_up: bool = False
@@ -71,14 +72,15 @@ def write_rows(
         seed: decides what is asked; the same seed, model and thread count write the same rows.
         kept: ids of questions that were really asked; each row begins like one of them, in turn. None: all of a question is
             drawn.
-        is_near: whether rows begin with a token to half of a kept question, instead of half or more, and none is one of them.
+        is_near: whether rows begin with a token to half of a kept question, instead of half or more, and none is one of them;
+            where none was kept there are none.
 
     Raises:
         EngineError: llama.cpp failed.
     """
     max_answer = MAX_NEAR_ANSWER if is_near else MAX_ANSWER
     n_slots = min(engine.n_seq, (engine.n_ctx - len(before)) // (MAX_ASKED + len(after) + max_answer))
-    if n_slots < 1 or not before or not after:
+    if n_slots < 1 or not before or not after or (is_near and not kept):
         return []
     rng = np.random.default_rng(seed)
     engine.clear()
@@ -93,11 +95,11 @@ def write_rows(
             if is_wanted and slot not in drafts:
                 engine.copy_prefix(engine.n_seq, slot, len(before) - 1)
                 begun = next(beginnings)
-                drafts[slot] = _Draft(Written(begun), len(before) - 1, [before[-1], *begun])
+                drafts[slot] = _Draft(Written(begun), len(before) - 1, [before[-1], *begun], max_answer)
                 n_begun += 1
         if not drafts:
             return out
-        _advance(engine, drafts, after, max_answer, rng)
+        _advance(engine, drafts, after, rng)
         n_tokens += len(drafts)
         for slot in [slot for slot, draft in drafts.items() if draft.is_done or draft.is_given_up]:
             draft = drafts.pop(slot)
@@ -118,9 +120,7 @@ def _beginnings(kept: Sequence[Sequence[int]], is_near: bool, rng: np.random.Gen
         yield question[: rng.integers(least, most)] if question else []
 
 
-def _advance(
-    engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], max_answer: int, rng: np.random.Generator
-) -> None:
+def _advance(engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], rng: np.random.Generator) -> None:
     """Feed every draft's next tokens and let it take what the model says then."""
     items = []
     for slot, draft in drafts.items():
@@ -130,16 +130,11 @@ def _advance(
     waiting = iter(drafts.values())
     for first in range(0, len(items), engine.n_batch):
         for logits in engine.forward(items[first : first + engine.n_batch]):
-            _take(next(waiting), logits, engine.vocab.is_end, after, max_answer, rng)
+            _take(next(waiting), logits, engine.vocab.is_end, after, rng)
 
 
 def _take(
-    draft: _Draft,
-    logits: F32Array,
-    is_end: Callable[[int], bool],
-    after: Sequence[int],
-    max_answer: int,
-    rng: np.random.Generator,
+    draft: _Draft, logits: F32Array, is_end: Callable[[int], bool], after: Sequence[int], rng: np.random.Generator
 ) -> None:
     """Go on with a draft by one token: the greedy one of an answer, a drawn one of a question."""
     row = draft.row
@@ -147,7 +142,7 @@ def _take(
         token = int(logits.argmax())
         row.answer.append(token)
         row.likely.append(_likely(logits))
-        draft.is_done = is_end(token) or len(row.answer) == max_answer
+        draft.is_done = is_end(token) or len(row.answer) == draft.max_answer
         draft.feed = [token]
         return
     token = drawn(logits, TEMPERATURE, rng)
