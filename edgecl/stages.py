@@ -110,14 +110,21 @@ def write_stage(request: Request, report: Report) -> Request:
         for writer in request["writers"]:
             engine.switch(writer["model"], writer["adapter"])
             chats = chat_format(base, engine.vocab)
-            rows = [chats.encode(example_from(record)) for record in writer["begin"]]
-            kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows if row.asked[1] > row.asked[0] + 1]
+            kept = [asked_ids(chats, record) for record in writer["begin"]]
             found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"], say)
             written += [asdict(row) for row in found]
         if asked:
             engine.switch(request["base"])
         reworded = reword(engine, asked, first["seed"], say)
     return {"written": written, "reworded": reworded}
+
+
+def asked_ids(chats: ChatFormat, record: list[Any] | None) -> list[int]:
+    """Return the ids of the question that a chat begins with; none where there is no chat, or it begins with something else."""
+    if record is None:
+        return []
+    row = chats.encode(example_from(record))
+    return row.ids[row.asked[0] : max(row.asked[1] - 1, 0)]
 
 
 def question_of(example: Example) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from .store import Store
 
 MIN_WRITTEN = 64  # rows for a small night
 WRITTEN_A_ROW = 5 / 3  # rows for each new one of a larger night, up to replay.written; on a first night, one
-BEGUN = 0.9  # of the written rows begin like kept ones, if any were
+OF_KEPT = 0.9  # of the written rows are of the generations that learned the kept ones, if any were
+CONTINUED = 4  # of these rows begin like each kept one, at most; the others begin as their generation likes
 SMALL = 32  # new rows at most: a night of corrections
 NEAR_A_ROW, MAX_NEAR = 12, 96  # rows near each new one of a small night, and near all of them
 
@@ -57,9 +59,10 @@ class Writers:
         """Return who writes `n` rows, and what they begin with.
 
         Yesterday's model writes what comes to its mind: of what nights have taught it, and of what its base was made for.
-        Questions that begin like a kept row are written and answered by the generation that learned it, which knows it best:
-        what later nights made worse is not handed on. Nor is what was forgotten: a generation that learned from it is silent.
-        The newest before it writes in its place, but not of rows that it never knew.
+        The generation that learned a kept row knows it best, and what was learned with it: it writes and answers rows that
+        begin like the kept one, so that what later nights made worse is not handed on. Where much was learned and little kept
+        it also writes what comes to *its* mind. What was forgotten is not handed on either: a generation that learned from it
+        is silent. The newest before it writes in its place, but not of rows that it never knew.
         """
         number = self.generations.next_number()
         forgotten = self.store.forgotten()
@@ -67,12 +70,13 @@ class Writers:
         writer = self._newest_but(silent, yesterday)
         known = [row for row in replay if row.generation not in silent or (row.generation or 0) <= writer.number]
         shuffled = random.Random(number).sample(known, len(known))
-        begun = list(itertools.islice(itertools.cycle(shuffled), round(BEGUN * n)))
-        by_adapter: dict[Path | None, list[Stored]] = {}
-        for row in begun:
-            by_adapter.setdefault(self.adapter_of(row, writer, silent), []).append(row)
-        parts: list[tuple[Path, Path | None, list[Stored], int, bool]]
-        parts = [(writer.model, writer.adapter, [], n - len(begun), False)]
+        by_adapter: dict[Path | None, list[Stored | None]] = {}
+        of_kept = list(itertools.islice(itertools.cycle(shuffled), round(OF_KEPT * n)))
+        for i, row in enumerate(of_kept):
+            begins = by_adapter.setdefault(self.adapter_of(row, writer, silent), [])
+            begins.append(row if i < CONTINUED * len(shuffled) else None)
+        parts: list[tuple[Path, Path | None, Sequence[Stored | None], int, bool]]
+        parts = [(writer.model, writer.adapter, [], n - len(of_kept), False)]
         parts += [(Path(self.base), adapter, rows, len(rows), False) for adapter, rows in by_adapter.items()]
         n_near = min(self.at_most, NEAR_A_ROW * len(small), MAX_NEAR)
         parts += [(writer.model, writer.adapter, small, n_near, True)] if n_near else []
@@ -80,7 +84,7 @@ class Writers:
             {
                 "model": str(model),
                 "adapter": str(adapter) if adapter else None,
-                "begin": [record_of(row.example) for row in rows],
+                "begin": [record_of(row.example) if row else None for row in rows],
                 "is_near": is_near,
                 "n": n_rows,
                 "seed": 1000 * number + i,

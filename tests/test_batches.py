@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgecl.train import TrainRow
-from edgecl.train.batches import REWORDED, asked_otherwise, epoch, micro_batches, shared_prefix, usable
+from edgecl.train.batches import REWORDED, asked_otherwise, micro_batches, night_batches, shared_prefix, usable
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no error
 tokens = st.integers(0, 3)
@@ -37,9 +37,9 @@ def first_ids(batches) -> Counter:
 
 @patient
 @given(n_new=st.integers(1, 60), n_replay=sizes, batch_rows=st.integers(1, 9), replay_rows=st.integers(0, 9))
-def test_epoch_holds_every_new_row_once_and_walks_the_buffer_evenly(n_new, n_replay, batch_rows, replay_rows):
+def test_a_pass_holds_every_new_row_once_and_walks_the_buffer_evenly(n_new, n_replay, batch_rows, replay_rows):
     new, replay = numbered(n_new), [TrainRow([1000 + i, 0], [False, True]) for i in range(n_replay)]
-    batches = epoch(new, replay, batch_rows, replay_rows, np.random.default_rng(0))
+    batches = night_batches([new], replay, batch_rows, replay_rows, np.random.default_rng(0))
     seen = first_ids(batches)
     assert len(batches) == -(-n_new // batch_rows)
     assert all(seen[i] == 1 for i in range(n_new))
@@ -50,9 +50,10 @@ def test_epoch_holds_every_new_row_once_and_walks_the_buffer_evenly(n_new, n_rep
     assert not rehearsed or max(rehearsed) - min(rehearsed) <= 1
 
 
-def test_epoch_replays_every_row_equally_often():
+def test_every_row_of_the_buffer_is_rehearsed_equally_often():
     replay = [TrainRow([1000 + i, 0], [False, True]) for i in range(5)]
-    batches = epoch(numbered(40), replay, 8, 3, np.random.default_rng(1))  # 5 batches of 3 replayed: 5 rows, 3 times each
+    # 5 batches of 3 replayed: 5 rows, 3 times each
+    batches = night_batches([numbered(40)], replay, 8, 3, np.random.default_rng(1))
     seen = first_ids(batches)
     assert [seen[1000 + i] for i in range(5)] == [3] * 5
 
@@ -62,22 +63,30 @@ def test_long_rows_of_the_buffer_are_fewer_in_a_batch():
         [TrainRow([i] * 10, [False] * 9 + [True]) for i in range(16)],
         [TrainRow([99] * 35, [False] * 34 + [True])] * 9,
     )
-    assert [len(batch) for batch in epoch(new, replay, 8, 8, np.random.default_rng(0))] == [8 + 3] * 2
+    assert [len(batch) for batch in night_batches([new], replay, 8, 8, np.random.default_rng(0))] == [8 + 3] * 2
 
 
 def test_batches_hold_about_as_many_tokens_each():
     lengths = np.random.default_rng(0).integers(10, 60, 300)
     new = [TrainRow([i] * int(n), [False] * (int(n) - 1) + [True]) for i, n in enumerate(lengths)]
     replay = [TrainRow([1000 + i] * (10 + i), [False] * (9 + i) + [True]) for i in range(30)]
-    batches = epoch(new, replay, 8, 3, np.random.default_rng(0))
+    batches = night_batches([new], replay, 8, 3, np.random.default_rng(0))
     sizes = [sum(len(row.ids) for row in batch) for batch in batches]
     assert max(sizes) - min(sizes) <= 20  # at random: about 200
     assert {len(batch) for batch in batches} <= {10, 11}  # 38 rows of 8 or 7, with 3 more
 
 
-def test_epoch_is_shuffled_by_its_generator():
+def test_batches_of_a_night_of_one_correction_hold_about_as_many_tokens_each():
+    lengths = np.random.default_rng(0).integers(30, 100, 64)
+    replay = [TrainRow([i] * int(n), [False] * (int(n) - 1) + [True]) for i, n in enumerate(lengths)]
+    batches = night_batches([numbered(1, 60)] * 40, replay, 8, 12, np.random.default_rng(0))
+    sizes = [sum(len(row.ids) for row in batch) for batch in batches]
+    assert len(batches) == 40 and max(sizes) - min(sizes) <= 20  # each for itself: about 300
+
+
+def test_a_pass_is_shuffled_by_its_generator():
     new = numbered(64)
-    one, again, other = (epoch(new, [], 8, 0, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    one, again, other = (night_batches([new], [], 8, 0, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert one == again and one != other
 
 

@@ -18,8 +18,8 @@ from edgecl.engine import Engine, VocabFile, write_rows
 from edgecl.gate import GateSettings
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
-from edgecl.stages import chat_format, example_from, question_of, train_row
-from edgecl.writers import SMALL
+from edgecl.stages import asked_ids, chat_format, question_of, train_row
+from edgecl.writers import CONTINUED, SMALL
 from edgecl_convert import GgufFile
 from tests import tiny
 
@@ -49,7 +49,7 @@ def adapt(learner: Learner, rows: dict[str, str]) -> None:
 
 
 def asked(writer: dict[str, Any]) -> set[str]:
-    return {record[0][0][1] for record in writer["begin"]}
+    return {record[0][0][1] for record in writer["begin"] if record}
 
 
 def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
@@ -81,10 +81,25 @@ def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
     for writer in request["writers"]:
         with Engine(writer["model"], writer["adapter"], **request["engine"]) as engine, GgufFile(base) as file:
             chats = chat_format(file, engine.vocab)
-            rows = [chats.encode(example_from(record)) for record in writer["begin"]]
-            kept = [row.ids[row.asked[0] : row.asked[1] - 1] for row in rows]
+            kept = [asked_ids(chats, record) for record in writer["begin"]]
             alone += write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"])
     assert [(row["asked"], row["answer"]) for row in written] == [(row.asked, row.answer) for row in alone]
+
+
+def test_where_little_was_kept_its_generation_also_writes_what_comes_to_its_mind(
+    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(share=0.5, written=40), train=TRAIN) as learner:
+        for rows in NIGHTS[:3]:
+            adapt(learner, rows)
+    yesterday, *earlier = [writer for writer in requests[2][0]["writers"] if not writer["is_near"]]
+    assert not yesterday["begin"] and yesterday["n"] == 4
+    assert {Path(writer["adapter"]).parent.name for writer in earlier} == {"0001", "0002"}
+    for writer in earlier:  # one row of each night is kept: as many begin like it as may, and the rest freely
+        assert writer["n"] == len(writer["begin"]) == 18 and len(asked(writer)) == 1
+        assert sum(record is not None for record in writer["begin"]) == CONTINUED
+    assert len(requests[2][1]) > 20  # as its model likes: it may come to no end
 
 
 def test_a_small_night_has_rows_near_its_new_ones_by_last_nights_model(

@@ -70,14 +70,16 @@ def write_rows(
     Args:
         before, after: the template's ids around what a user says in a first turn; the first of `after` ends the turn.
         seed: decides what is asked; the same seed, model and thread count write the same rows.
-        kept: ids of questions that were really asked; each row begins like one of them, in turn. None: all of a question is
-            drawn.
+        kept: ids of questions that were really asked; each row begins like one of them, in turn. Where one is empty, or there
+            are none, all of a question is drawn.
         is_near: whether rows begin with a token to half of a kept question, instead of half or more, and none is one of them;
-            where none was kept there are none.
+            without a question there are none.
 
     Raises:
         EngineError: llama.cpp failed.
     """
+    if is_near:
+        kept = [question for question in kept if question]
     max_answer = MAX_NEAR_ANSWER if is_near else MAX_ANSWER
     n_slots = min(engine.n_seq, (engine.n_ctx - len(before)) // (MAX_ASKED + len(after) + max_answer))
     if n_slots < 1 or not before or not after or (is_near and not kept):

@@ -74,27 +74,33 @@ def shared_prefix(rows: Sequence[TrainRow]) -> list[int]:
     return rows[0].ids[: max(0, min(common_length([row.ids for row in rows]), first - 1))]
 
 
-def epoch(
-    new: Sequence[TrainRow], replay: Sequence[TrainRow], batch_rows: int, replay_rows: int, rng: np.random.Generator
+def night_batches(
+    passes: Sequence[Sequence[TrainRow]],
+    replay: Sequence[TrainRow],
+    batch_rows: int,
+    replay_rows: int,
+    rng: np.random.Generator,
 ) -> list[list[TrainRow]]:
-    """Return one epoch over `new`, in batches of `batch_rows` with `replay_rows` more from the buffer in each.
+    """Return passes over the new rows, in batches of `batch_rows` with `replay_rows` more from the buffer in each.
 
     Rows of the buffer that are longer than new ones are fewer in a batch, so that they take about as many tokens. Batches hold
-    about as many tokens each: few shapes of products, none of which is much larger than the others. The buffer is walked in a
-    shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
+    about as many tokens each, over all passes: few shapes of products, none of which is much larger than the others. The buffer
+    is walked in a shuffled order again and again, so that every one of its rows is rehearsed as often as any other.
     """
-    n_batches = -(-len(new) // batch_rows)
+    batches: list[list[TrainRow]] = []
+    for new in passes:
+        begun: list[list[TrainRow]] = [[] for _ in range(-(-len(new) // batch_rows))]
+        _deal([new[i] for i in rng.permutation(len(new))], begun, batch_rows)
+        batches += [begun[i] for i in rng.permutation(len(begun))]
     share = 0
-    if new and replay:
-        mean_new, mean_replay = (sum(len(row.ids) for row in rows) / len(rows) for rows in (new, replay))
+    if batches and replay:
+        mean_new, mean_replay = (sum(len(row.ids) for row in rows) / len(rows) for rows in (passes[0], replay))
         share = min(replay_rows, len(replay), math.ceil(replay_rows * mean_new / mean_replay))
     walk: list[TrainRow] = []
-    while share and len(walk) < share * n_batches:
+    while share and len(walk) < share * len(batches):
         walk += [replay[i] for i in rng.permutation(len(replay))]
-    batches: list[list[TrainRow]] = [[] for _ in range(n_batches)]
-    _deal([new[i] for i in rng.permutation(len(new))], batches, batch_rows)
-    _deal(walk[: share * n_batches], batches, share)
-    return [batches[i] for i in rng.permutation(n_batches)]
+    _deal(walk[: share * len(batches)], [batches[i] for i in rng.permutation(len(batches))], share)
+    return batches
 
 
 def _deal(rows: Sequence[TrainRow], batches: list[list[TrainRow]], n_each: int) -> None:

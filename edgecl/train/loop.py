@@ -24,7 +24,7 @@ from edgecl_convert.ggml import default_threads
 
 from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
-from .batches import TrainRow, asked_otherwise, epoch, micro_batches, shared_prefix, usable
+from .batches import TrainRow, asked_otherwise, micro_batches, night_batches, shared_prefix, usable
 from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
 from .latents import Latents, LatentStore
@@ -203,11 +203,10 @@ class _Run:
         steps_an_epoch = math.ceil(len(self.new) / settings.batch_rows)
         least = settings.min_steps * (LONGER if any(row.reworded for row in self.new) else 1)
         n_epochs = max(settings.epochs, math.ceil(least / steps_an_epoch))
-        out: list[list[TrainRow]] = []
-        for i in range(n_epochs):
-            new = [asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] if i >= settings.epochs else self.new
-            out += epoch(new, self.replay, settings.batch_rows, settings.replay_rows, rng)
-        return out
+        n_repeated = n_epochs - settings.epochs
+        passes = [self.new] * settings.epochs
+        passes += [[asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] for _ in range(n_repeated)]
+        return night_batches(passes, self.replay, settings.batch_rows, settings.replay_rows, rng)
 
     def _in_time(self, plan: Plan, lora: Callable[[int], Lora], has_anchor: bool, found: Checkpoint | None) -> Plan:
         """Return the plan with its depth and time; a run that is gone on from keeps its depth and the parts of its steps."""
@@ -223,7 +222,8 @@ class _Run:
             self.night.anchor[0][::EVERY] if has_anchor else None,
             1 / EVERY if self.settings.question_weight else 0.0,
         )
-        n_first = len(self.batches) if self.night.store is None else math.ceil(len(self.new) / self.settings.batch_rows)
+        n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
+        share_first = 1.0 if self.night.store is None else n_distinct / n_rows
         return plan_time(
             plan,
             self.decoder,
@@ -232,7 +232,7 @@ class _Run:
             60 * self.limits.minutes,
             typical,
             len(self.batches),
-            n_first,
+            math.ceil(share_first * len(self.batches)),
         )
 
     # --- checkpoints --------------------------------------------------------------------------------------------------

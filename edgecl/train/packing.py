@@ -2,7 +2,7 @@
 
 A night's rows are a few dozen tokens each and begin alike (the template's system turn). The shared prefix stands once in
 front, the rows follow one after another. The products of a layer then have as many rows as there are real tokens, which is
-what a CPU needs, and a few more: oneDNN compiles and keeps kernels for every shape that it meets (1 ms and 0.7 MB each), so
+what a CPU needs, and a few more: oneDNN compiles and keeps kernels for every shape that it meets (1 ms and 0.35 MB each), so
 the sequence is filled up to a multiple of 16. To attend, rows of about the same length are laid side by side, each behind the
 prefix. Gradients are exact: the prefix gets the sum of what its rows send back.
 """
