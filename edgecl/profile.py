@@ -139,7 +139,7 @@ class TrainSettings:
     eval_every: int = 10
     weight_decay: float = 0.0
     anchor_weight: float = 1.0
-    question_weight: float = 0.25
+    question_weight: float = 1.0
     max_grad_norm: float = 1.0
     seed: int = 0
 

@@ -21,7 +21,7 @@ from .measure import record_of
 from .rows import Stored
 from .store import Store
 
-MIN_WRITTEN = 64  # rows for a small night
+MIN_WRITTEN = 128  # rows for a small night
 WRITTEN_A_ROW = 5 / 3  # rows for each new one of a larger night, up to replay.written; on a first night, one
 OF_KEPT = 0.9  # of the written rows are of the generations that learned the kept ones, if any were
 CONTINUED = 4  # of these rows begin like each kept one, at most; the others begin as their generation likes
