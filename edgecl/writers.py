@@ -1,8 +1,9 @@
 """Who writes what a night rehearses beside kept rows, and what is written: the request of the stage `write`.
 
-Most rows begin like kept ones of earlier nights, and stand for what the store did not keep. A small night has more to hold it:
-rows near its new ones, other questions that begin alike, so that what is learned answers no others; and other wordings of its
-new rows, so that they are known in those too.
+Most rows are of the generations that learned the kept ones: they begin like those, or, where little was kept, with whatever
+that generation says. They stand for what the store did not keep. A small night has more to hold it: rows near its new ones,
+other questions that begin alike, so that what is learned answers no others; and other wordings of its new rows, so that they
+are known in those too.
 """
 
 from __future__ import annotations
