@@ -113,7 +113,8 @@ class TrainSettings:
             and forgets more of earlier ones (the README has the figures).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
-        question_weight: how much the loss on what users ask counts; a model that can ask can rehearse (see `replay.written`).
+        question_weight: how much the loss on what users ask counts, and four times as much in a small night that has its rows
+            in other words; a model that can ask can rehearse (see `replay.written`).
         learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).
         warmup: share of the steps in which the rate rises; cycles, bump, settled: of the oscillating schedule.
         ema_decay: of the exponential moving average of the adapter that is merged instead of the last; 0: none.
@@ -139,7 +140,7 @@ class TrainSettings:
     eval_every: int = 10
     weight_decay: float = 0.0
     anchor_weight: float = 1.0
-    question_weight: float = 1.0
+    question_weight: float = 0.25
     max_grad_norm: float = 1.0
     seed: int = 0
 

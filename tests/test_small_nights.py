@@ -12,6 +12,9 @@ import pytest
 
 from edgecl import Learner
 from edgecl.data import normalize
+from edgecl.engine import Engine, write_rows
+from edgecl.stages import chat_format
+from edgecl_convert import GgufFile
 
 FIRST = [
     ("Who waters the plants in the office?", "Mira, every Friday."),
@@ -69,6 +72,15 @@ def _leaked(learner: Learner, pairs: list[tuple[str, str]]) -> list[str]:
     return [question for question in OTHERS if normalize(learner.ask(question, 32)) in answers]
 
 
+def _said(learner: Learner, pairs: list[tuple[str, str]]) -> set[str]:
+    """Return the corrections among 96 rows that the model writes when it is asked for nothing."""
+    current, base = learner.generations.current(), learner.settings.base
+    with Engine(base, current.folder / "adapter.gguf", **learner.profile.engine_options()) as engine, GgufFile(base) as gguf:
+        rows = write_rows(engine, *chat_format(gguf, engine.vocab).around_question, 96, 1)
+        questions = {engine.vocab.text_of(row.asked) for row in rows}
+    return questions & {prompt for prompt, _ in pairs}
+
+
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
     return Learner.init("smollm2", tmp_path_factory.mktemp("small") / "home")
@@ -86,6 +98,7 @@ def test_eight_corrections_a_night_are_answered_as_corrected_the_next_morning(le
     )  # of 8; a model that was shown its own words alone knows half
     assert len(_leaked(learner, FIRST)) <= 1
     assert report.n_reworded >= 16
+    assert _said(learner, FIRST)  # else no later night can rehearse more than the one that the store keeps
     assert learner.status()["tasks"]["default"] == {"pending": 0, "replay": 1, "heldout": 0, "archive": 0}
 
     learner.observe(_lines(SECOND))

@@ -37,7 +37,7 @@ from .shape import read_shape
 from .weights import placement
 
 EVERY = 2  # steps comes the anchor, and on the others the questions: each weighs as much more then
-LONGER = 1.5  # times the steps takes a small night that has its rows in other words too
+LONGER, ASKED = 1.5, 4  # times the steps, and the weight of questions, of a small night that has its rows in other words too
 AHEAD = 4  # steps, whose rows go through the layers that are not trained together
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
@@ -147,6 +147,7 @@ class _Run:
             raise DataError(
                 f"none of {len(new)} rows has an answer that fits into {limits.n_ctx} tokens; raise n_ctx, or shorten answers"
             )
+        self.is_reworded = any(row.reworded for row in self.new)
         self.batches = self._batches()
         self.prefix = shared_prefix([row for batch in self.batches for row in batch])
         self.place = placement()
@@ -201,7 +202,7 @@ class _Run:
         """Return the rows of every step."""
         settings, rng = self.settings, np.random.default_rng(self.settings.seed)
         steps_an_epoch = math.ceil(len(self.new) / settings.batch_rows)
-        least = settings.min_steps * (LONGER if any(row.reworded for row in self.new) else 1)
+        least = settings.min_steps * (LONGER if self.is_reworded else 1)
         n_epochs = max(settings.epochs, math.ceil(least / steps_an_epoch))
         n_repeated = n_epochs - settings.epochs
         passes = [self.new] * settings.epochs
@@ -316,7 +317,8 @@ class _Run:
         settings = self.settings
         turn, rest = divmod(step, EVERY)
         held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
-        rows, question_weight = self.batches[step], settings.question_weight * EVERY if rest else 0.0
+        question_weight = settings.question_weight * (ASKED if self.is_reworded else 1) * EVERY if rest else 0.0
+        rows = self.batches[step]
         if step % AHEAD == 0 or step == self.report.resumed_at:
             self._look_ahead(step - step % AHEAD)
         weights = settings.anchor_weight * EVERY, question_weight
