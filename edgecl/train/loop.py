@@ -204,9 +204,8 @@ class _Run:
         steps_an_epoch = math.ceil(len(self.new) / settings.batch_rows)
         least = settings.min_steps * (LONGER if self.is_reworded else 1)
         n_epochs = max(settings.epochs, math.ceil(least / steps_an_epoch))
-        n_repeated = n_epochs - settings.epochs
         passes = [self.new] * settings.epochs
-        passes += [[asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] for _ in range(n_repeated)]
+        passes += [[asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] for _ in range(settings.epochs, n_epochs)]
         return night_batches(passes, self.replay, settings.batch_rows, settings.replay_rows, rng)
 
     def _in_time(self, plan: Plan, lora: Callable[[int], Lora], has_anchor: bool, found: Checkpoint | None) -> Plan:
@@ -317,11 +316,10 @@ class _Run:
         settings = self.settings
         turn, rest = divmod(step, EVERY)
         held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
-        question_weight = settings.question_weight * (ASKED if self.is_reworded else 1) * EVERY if rest else 0.0
-        rows = self.batches[step]
+        rows, asked = self.batches[step], settings.question_weight * (ASKED if self.is_reworded else 1)
         if step % AHEAD == 0 or step == self.report.resumed_at:
             self._look_ahead(step - step % AHEAD)
-        weights = settings.anchor_weight * EVERY, question_weight
+        weights = settings.anchor_weight * EVERY, asked * EVERY if rest else 0.0
         value = backward(self.decoder, self.lora, self.prefix, rows, held, *weights, self.plan.micro_tokens, self.latents)
         norm = self.optimizer.clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
