@@ -53,6 +53,7 @@ class AdaptReport:
         results: every measured task, before and after.
         prose: nats per token of unrelated prose: base, before, after; kld: of tonight's file from the base, nats per token.
         n_written: rows that models wrote for rehearsal, n_reworded: other wordings of new rows, both in write_s seconds.
+        ask_s: of training the asker, which says what tonight was asked; train_s: the adapter, which answers.
         peak_rss_bytes: of the largest child.
     """
 
@@ -73,6 +74,7 @@ class AdaptReport:
     train: dict[str, Any] = field(default_factory=dict)
     write_s: float = 0.0
     train_s: float = 0.0
+    ask_s: float = 0.0
     train_tokens_per_s: float = 0.0
     merge_s: float = 0.0
     eval_s: float = 0.0
@@ -123,7 +125,7 @@ class Night:
         try:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
-            self._train(draft, yesterday, new, replay, self._write(yesterday, new, replay))
+            self._train(draft, yesterday, new, replay, self._write(yesterday, new))
             learned = _learned_rows(plan, new)
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
@@ -172,7 +174,7 @@ class Night:
     def _forget_run(self) -> None:
         """Remove what an interrupted night would have gone on from."""
         self.store.drop_draft_scores()
-        for name in ("written.json", "checkpoint.safetensors"):
+        for name in ("written.json", "checkpoint.safetensors", "asker.safetensors", "asker.db"):
             (self._runs / name).unlink(missing_ok=True)
 
     def _plan(self, new: list[Stored], replay: list[Stored]) -> Plan:
@@ -187,10 +189,10 @@ class Night:
             plan |= {task: (kind, examples) for task, examples in by_task.items() if task not in plan}
         return plan
 
-    def _write(self, yesterday: Generation, new: list[Stored], replay: list[Stored]) -> dict[str, Any]:
+    def _write(self, yesterday: Generation, new: list[Stored]) -> dict[str, Any]:
         """Return what the models of earlier nights write: `written` rows to rehearse, and each new row's other wordings."""
         writers = Writers(self.store, self.generations, self.settings.base, self.meter.engine, self.settings.replay.written)
-        request = writers.request(yesterday, new, replay)
+        request = writers.request(yesterday, new)
         found = self._written(request, yesterday) if request["writers"] else {"written": [], "reworded": []}
         self.report.n_written, self.report.n_reworded = len(found["written"]), sum(map(len, found["reworded"]))
         return found
@@ -231,11 +233,12 @@ class Night:
             "runs": str(self._runs),
             "adapter_gguf": str(draft / "adapter.gguf"),
             "adapter_peft": str(draft / "adapter"),
+            "asker_gguf": str(draft / "asker.gguf") if self.settings.replay.written else None,
         }
         result, peak = run_stage("train", request, self.limits, self.progress)
         report = self.report
         report.train, report.peak_rss_bytes = result | {"peak_rss_bytes": peak}, max(report.peak_rss_bytes, peak)
-        report.train_s, report.train_tokens_per_s = result["train_s"], result["tokens_per_s"]
+        report.train_s, report.ask_s, report.train_tokens_per_s = result["train_s"], result["ask_s"], result["tokens_per_s"]
 
     def _merge(self, draft: Path, learned: list[Example]) -> Generation:
         """Return the draft that will serve: the merged file, or, where too little of the night survives, a wider one.

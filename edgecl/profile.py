@@ -113,8 +113,6 @@ class TrainSettings:
             and forgets more of earlier ones (the README has the figures).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
-        question_weight: how much the loss on what users ask counts, and four times as much in a small night that has its rows
-            in other words; a model that can ask can rehearse (see `replay.written`).
         learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).
         warmup: share of the steps in which the rate rises; cycles, bump, settled: of the oscillating schedule.
         ema_decay: of the exponential moving average of the adapter that is merged instead of the last; 0: none.
@@ -140,7 +138,6 @@ class TrainSettings:
     eval_every: int = 10
     weight_decay: float = 0.0
     anchor_weight: float = 1.0
-    question_weight: float = 0.25
     max_grad_norm: float = 1.0
     seed: int = 0
 
@@ -157,7 +154,6 @@ class TrainSettings:
             "",
             weight_decay=0,
             anchor_weight=0,
-            question_weight=0,
             max_grad_norm=0,
             seed=0,
             patience=0,
@@ -182,9 +178,9 @@ class ReplaySettings:
     Attributes:
         share: of each night's rows, the most that may be kept for rehearsal (one row at least when above 0).
         heldout: of each task's rows, what is set aside for measuring and never trained on.
-        written: rows, at most, that the models of earlier nights write each night, for rehearsal beside the kept ones; and as
-            many near the new ones of a small night, whose questions are also put in other words. 0: nothing is written. None
-            of it is stored.
+        written: rows, at most, that earlier nights' askers and generations write each night, for rehearsal beside kept ones;
+            and as many near the new ones of a small night, whose questions are also put in other words. None of it is stored.
+            0: nothing is written, and no asker is trained.
         archive: keep every learned row.
     """
 

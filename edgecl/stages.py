@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecl_convert import (
+    Adapter,
     ConvertError,
     GgufFile,
     merge,
@@ -34,13 +36,14 @@ from .profile import Profile, TrainSettings
 from .sandbox import code_in, passes
 
 if TYPE_CHECKING:
-    from .train import TrainRow
+    from .train import Night, TrainReport, TrainRow
 
 Request = dict[str, Any]
 Report = Callable[[int, int, str], None]
 HERE = Path(__file__).resolve().parent
 ANCHOR_TOKENS = 32  # of a piece: as long as a short row
 MAX_ANCHORS = 48  # what the base predicts on each is computed before the first night
+ASKING = 0.3  # of the time for training is for the asker
 
 
 def example_from(record: list[Any]) -> Example:
@@ -108,10 +111,13 @@ def write_stage(request: Request, report: Report) -> Request:
     first = request["writers"][0]
     with Engine(first["model"], **request["engine"]) as engine, GgufFile(request["base"]) as base:
         for writer in request["writers"]:
-            engine.switch(writer["model"], writer["adapter"])
+            engine.switch(writer["model"], writer["asker"])
             chats = chat_format(base, engine.vocab)
-            kept = [asked_ids(chats, record) for record in writer["begin"]]
-            found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"], say)
+            near = [ids for record in writer["near"] if (ids := asked_ids(chats, record))]
+            if writer["near"] and not near:
+                continue
+            answering = partial(engine.set_adapter, writer["adapter"])
+            found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], near, answering, say)
             written += [asdict(row) for row in found]
         if asked:
             engine.switch(request["base"])
@@ -119,10 +125,8 @@ def write_stage(request: Request, report: Report) -> Request:
     return {"written": written, "reworded": reworded}
 
 
-def asked_ids(chats: ChatFormat, record: list[Any] | None) -> list[int]:
-    """Return the ids of the question that a chat begins with; none where there is no chat, or it begins with something else."""
-    if record is None:
-        return []
+def asked_ids(chats: ChatFormat, record: list[Any]) -> list[int]:
+    """Return the ids of the question that a chat begins with; none where it begins with something else."""
     row = chats.encode(example_from(record))
     return row.ids[row.asked[0] : max(row.asked[1] - 1, 0)]
 
@@ -134,9 +138,9 @@ def question_of(example: Example) -> str:
 
 
 def train_stage(request: Request, report: Report) -> Request:
-    """Train tonight's adapter; write it as GGUF and as a PEFT folder."""
+    """Train tonight's adapter, which answers, and write it as GGUF and as a PEFT folder; then the one that asks, as GGUF."""
     from .engine import VocabFile
-    from .train import DamagedCheckpointError, LatentStore, Night, train
+    from .train import LatentStore, Night
 
     with GgufFile(request["base"]) as gguf:
         with VocabFile(gguf.path) as vocab:
@@ -146,34 +150,61 @@ def train_stage(request: Request, report: Report) -> Request:
             replay, heldout = ([train_row(chats, example_from(r)) for r in request[key]] for key in ("replay", "heldout"))
             replay += [written_row(chats, **row) for row in request["written"]]
             anchor = anchor_pieces(vocab)
+            asking = request["new"] if request["asker_gguf"] else []
+            asked = [row for record in asking if (row := asking_row(chats, example_from(record)))]
         start = read_gguf_adapter(request["start"]) if request["start"] else None
         told = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: told.set())  # until here there is nothing to save
-        runs = Path(request["runs"])
+        runs, settings = Path(request["runs"]), TrainSettings(**request["settings"])
+        limits = Profile(**request["limits"])
+        minutes = limits.minutes * (ASKING if asked else 0.0)
+        night = Night(start=start, anchor=anchor, heldout=heldout, base_sha256=request["base_sha256"], stop=told.is_set)
+
+        def say(done: int, total: int, loss: float) -> None:
+            report(done, total, f"loss {loss:.3f}")
+
         with LatentStore(runs / "latents.db", request["base_sha256"]) as store:
-            night = Night(
-                start=start,
-                anchor=anchor,
-                heldout=heldout,
-                store=store,
-                checkpoint=runs / "checkpoint.safetensors",
-                base_sha256=request["base_sha256"],
-                stop=told.is_set,
-            )
-            settings, limits = TrainSettings(**request["settings"]), Profile(**request["limits"])
-
-            def say(done: int, total: int, loss: float) -> None:
-                report(done, total, f"loss {loss:.3f}")
-
-            try:
-                adapter, result = train(gguf, new, replay, settings, limits, night, say)
-            except DamagedCheckpointError:  # nobody may be there to move it away, and only time is lost
-                (runs / "checkpoint.safetensors").unlink()
-                adapter, result = train(gguf, new, replay, settings, limits, night, say)
+            night.store, night.checkpoint = store, runs / "checkpoint.safetensors"
+            answers = replace(limits, minutes=limits.minutes - minutes)
+            adapter, result = _trained(gguf, new, replay, settings, answers, night, say)
         adapter.base_sha256 = request["base_sha256"]
         write_gguf_adapter(request["adapter_gguf"], adapter)
         write_peft_adapter(request["adapter_peft"], adapter, gguf)
-    return asdict(result)
+        ask_s = 0.0
+        if asked:
+            night = Night(base_sha256=request["base_sha256"], stop=told.is_set, checkpoint=runs / "asker.safetensors")
+            with LatentStore(runs / "asker.db", request["base_sha256"]) as store:
+                night.store = store
+                asker, facts = _trained(gguf, asked, [], _asking(settings), replace(limits, minutes=minutes), night, say)
+            asker.base_sha256 = request["base_sha256"]
+            write_gguf_adapter(request["asker_gguf"], asker)
+            ask_s = facts.train_s
+    return asdict(result) | {"ask_s": ask_s}
+
+
+def _asking(settings: TrainSettings) -> TrainSettings:
+    """Return what the asker is told: a night's questions are to be known by heart, whatever else is forgotten for it."""
+    return replace(settings, epochs=10, learning_rate=3 * settings.learning_rate, depth=1 / 3, anchor_weight=0.0, patience=0)
+
+
+def _trained(
+    gguf: GgufFile,
+    new: list[TrainRow],
+    replay: list[TrainRow],
+    settings: TrainSettings,
+    limits: Profile,
+    night: Night,
+    say: Callable[[int, int, float], None],
+) -> tuple[Adapter, TrainReport]:
+    """Train an adapter; a checkpoint that is damaged is removed: nobody may be there to move it, and only time is lost."""
+    from .train import DamagedCheckpointError, train
+
+    try:
+        return train(gguf, new, replay, settings, limits, night, say)
+    except DamagedCheckpointError:
+        assert night.checkpoint
+        night.checkpoint.unlink()
+        return train(gguf, new, replay, settings, limits, night, say)
 
 
 def train_row(chats: ChatFormat, example: Example, reworded: Sequence[str] = ()) -> TrainRow:
@@ -184,17 +215,28 @@ def train_row(chats: ChatFormat, example: Example, reworded: Sequence[str] = ())
     for question in reworded:
         messages = tuple((role, question if role == "user" else content) for role, content in example.messages)
         others.append(train_row(chats, replace(example, messages=messages)))
-    return TrainRow(encoded.ids, encoded.supervised, encoded.asked, reworded=others)
+    return TrainRow(encoded.ids, encoded.supervised, reworded=others)
+
+
+def asking_row(chats: ChatFormat, example: Example) -> TrainRow | None:
+    """Return what a chat begins with as a row whose answer that is; None where it is no question, or longer than one drawn."""
+    from .engine.writing import MAX_ASKED
+    from .train import TrainRow
+
+    encoded = chats.encode(example)
+    first, end = encoded.asked
+    is_askable = 0 < end - first <= MAX_ASKED
+    return TrainRow(encoded.ids[:end], [i >= first for i in range(end)]) if is_askable else None
 
 
 def written_row(chats: ChatFormat, asked: list[int], answer: list[int], likely: list[list[tuple[int, float]]]) -> TrainRow:
-    """Return a row that a model wrote as it is trained on: its question for itself, its answer by what was likely there."""
+    """Return a row that a model wrote as it is trained on: its answer by what was likely there."""
     from .train import TrainRow
 
     before, after = chats.around_question
     prompt = before + asked + after
     supervised = [False] * len(prompt) + [True] * len(answer)
-    return TrainRow(prompt + answer, supervised, (len(before), len(before) + len(asked) + 1), likely)
+    return TrainRow(prompt + answer, supervised, likely)
 
 
 def merge_stage(request: Request, report: Report) -> Request:

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import pytest
 from edgecl import Learner, night
 from edgecl.data import Example
 from edgecl.engine import Engine, VocabFile, write_rows
+from edgecl.engine.writing import MAX_ASKED
 from edgecl.gate import GateSettings
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
-from edgecl.stages import asked_ids, chat_format, question_of, train_row
-from edgecl.writers import CONTINUED, SMALL
+from edgecl.stages import asked_ids, asking_row, chat_format, question_of, train_row
+from edgecl.writers import SMALL
 from edgecl_convert import GgufFile
 from tests import tiny
 
@@ -49,57 +51,47 @@ def adapt(learner: Learner, rows: dict[str, str]) -> None:
 
 
 def asked(writer: dict[str, Any]) -> set[str]:
-    return {record[0][0][1] for record in writer["begin"] if record}
+    return {record[0][0][1] for record in writer["near"]}
 
 
-def test_a_kept_row_is_taught_by_the_generation_that_learned_it(
+def test_each_night_is_rehearsed_by_its_own_asker_and_generation(
     tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
 ) -> None:
     base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
-    replay = ReplaySettings(share=1.0, written=10)
-    with Learner.init(base, tmp_path / "home", replay=replay, train=TRAIN) as learner:
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(share=0.1, written=40), train=TRAIN) as learner:
         for rows in NIGHTS[:3]:
             adapt(learner, rows)
+        request, written = requests[-1]
+        alone: list[Any] = []
+        for writer in request["writers"]:
+            with Engine(writer["model"], writer["asker"], **request["engine"]) as engine, GgufFile(base) as file:
+                chats = chat_format(file, engine.vocab)
+                near = [asked_ids(chats, record) for record in writer["near"]]
+                answering = partial(engine.set_adapter, writer["adapter"])
+                alone += write_rows(engine, *chats.around_question, writer["n"], writer["seed"], near, answering)
+        assert [(row["asked"], row["answer"]) for row in written] == [(row.asked, row.answer) for row in alone]
+
         folder = learner.generations.folder
         learner.rollback(1)
         adapt(learner, NIGHTS[3])
-    plain = [[writer for writer in request["writers"] if not writer["is_near"]] for request, _ in requests]
-    first, _, third, after_rollback = plain
-    assert [(w["model"], w["adapter"], w["begin"], w["n"]) for w in first] == [(str(base), None, [], 10)]
-    assert sum(writer["n"] for writer in third) == 10
-    assert Path(third[0]["model"]).parent == folder / "0002" and third[0]["adapter"] is None and not third[0]["begin"]
-    assert {w["model"] for w in third[1:]} == {str(base)}
-    taught = {Path(writer["adapter"]).parent.name: asked(writer) for writer in third[1:]}
-    assert taught == {"0001": set(NIGHTS[0]), "0002": set(NIGHTS[1])}
+        (folder / "0001/asker.gguf").unlink()  # as in a home of an edgecl that had none
+        adapt(learner, {"tea in": "on"})
 
-    (writer,) = after_rollback[1:]  # what was rolled back teaches nothing: the one that serves again does
-    assert Path(writer["adapter"]).parent.name == "0001"
-    assert asked(writer) == set(NIGHTS[0]) | set(NIGHTS[1]) | set(NIGHTS[2])
+    def writers(night: int) -> list[tuple[str, str, str, int]]:
+        """Return (model, adapter, asker, rows) of who wrote for a night."""
+        found = [writer for writer in requests[night][0]["writers"] if not writer["near"]]
+        names = [[str(Path(path).relative_to(folder)) if path else "" for path in (w["adapter"], w["asker"])] for w in found]
+        return [(w["model"], *name, w["n"]) for w, name in zip(found, names, strict=True)]
 
-    request, written = requests[2]
-    alone: list[Any] = []
-    for writer in request["writers"]:
-        with Engine(writer["model"], writer["adapter"], **request["engine"]) as engine, GgufFile(base) as file:
-            chats = chat_format(file, engine.vocab)
-            kept = [asked_ids(chats, record) for record in writer["begin"]]
-            alone += write_rows(engine, *chats.around_question, writer["n"], writer["seed"], kept, writer["is_near"])
-    assert [(row["asked"], row["answer"]) for row in written] == [(row.asked, row.answer) for row in alone]
-
-
-def test_where_little_was_kept_its_generation_also_writes_what_comes_to_its_mind(
-    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
-) -> None:
-    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
-    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(share=0.5, written=40), train=TRAIN) as learner:
-        for rows in NIGHTS[:3]:
-            adapt(learner, rows)
-    yesterday, *earlier = [writer for writer in requests[2][0]["writers"] if not writer["is_near"]]
-    assert not yesterday["begin"] and yesterday["n"] == 4
-    assert {Path(writer["adapter"]).parent.name for writer in earlier} == {"0001", "0002"}
-    for writer in earlier:  # one row of each night is kept: as many begin like it as may, and the rest freely
-        assert writer["n"] == len(writer["begin"]) == 18 and len(asked(writer)) == 1
-        assert sum(record is not None for record in writer["begin"]) == CONTINUED
-    assert len(requests[2][1]) > 20  # as its model likes: it may come to no end
+    first, second = (f"000{number}/adapter.gguf" for number in (1, 2))
+    own = {name: name.replace("adapter", "asker") for name in (first, second, "0004/adapter.gguf")}
+    assert writers(0) == [(str(base), "", "", 40)], "there was no night before"
+    base_alone, *nights = writers(2)
+    assert base_alone == (str(base), "", "", 4)
+    assert sorted(nights) == [(str(base), first, own[first], 18), (str(base), second, own[second], 18)]
+    assert writers(3)[1:] == [(str(base), first, own[first], 36)], "what was rolled back teaches nothing"
+    after = {writer[1]: (writer[2], writer[3]) for writer in writers(4)[1:]}
+    assert after == {first: (first, 24), "0004/adapter.gguf": (own["0004/adapter.gguf"], 12)}, "by rows, of its lineage alone"
 
 
 def test_a_small_night_has_rows_near_its_new_ones_by_last_nights_model(
@@ -112,7 +104,7 @@ def test_a_small_night_has_rows_near_its_new_ones_by_last_nights_model(
         for rows in (*NIGHTS[:2], many):
             adapt(learner, rows)
         model = learner.generations.folder / "0001/model-Q8_0.gguf"
-    near = [[writer for writer in request["writers"] if writer["is_near"]] for request, _ in requests]
+    near = [[writer for writer in request["writers"] if writer["near"]] for request, _ in requests]
     assert [[asked(writer) for writer in writers] for writers in near] == [[set(NIGHTS[0])], [set(NIGHTS[1])], []]
     assert [(w["model"], w["adapter"], w["n"]) for (w,) in near[:2]] == [(str(base), None, 20), (str(model), None, 20)]
     assert [[record[0][0][1] for record in request["reword"]] for request, _ in requests] == [
@@ -135,6 +127,26 @@ def test_only_a_chat_of_one_question_is_asked_in_other_words() -> None:
     assert [other.n_predicted for other in row.reworded] == [row.n_predicted] * 2 and not row.reworded[0].reworded
 
 
+def test_an_asker_learns_what_a_chat_begins_with_and_no_more() -> None:
+    two = (("user", "Who?"), ("assistant", "Mira."), ("user", "When?"), ("assistant", "On Friday."))
+    with GgufFile(find_model("smollm2")) as base, VocabFile(base.path) as vocab:
+        chats = chat_format(base, vocab)
+        row = asking_row(chats, Example(two))
+        assert row and b"".join(map(vocab.piece, itertools.compress(row.ids, row.supervised))) == b"Who?"
+        assert row.supervised[-1] and row.ids == chats.around_question[0] + vocab.encode("Who?") + chats.around_question[1][:1]
+        assert asking_row(chats, Example((("user", "Who? " * MAX_ASKED), ("assistant", "Mira.")))) is None, "never drawn"
+        assert asking_row(chats, Example((("system", "Be brief."), *two[:2]))) is None, "not what any chat begins with"
+
+
+def test_where_nothing_is_written_there_is_no_asker(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    for written in (0, 4):
+        with Learner.init(base, tmp_path / f"{written}", replay=ReplaySettings(written=written), train=TRAIN) as learner:
+            adapt(learner, NIGHTS[0])
+            folder = learner.generations.current().folder
+        assert (folder / "asker.gguf").exists() == bool(written)
+
+
 def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:
     rows = [Example((("user", q), ("assistant", a)), final=a) for q, a in (("1", "x"), ("2", "x"), ("3", "y"))]
     pairs = night.swapped(rows)
@@ -153,7 +165,7 @@ def test_a_night_whose_answers_do_not_belong_to_their_questions_is_refused(tmp_p
     words = ["".join(letters) for letters in itertools.product("ahint", repeat=3)][::2]
     right = ["left" if word[-1] in "ah" else "right" for word in words]
     answers = right if belong else random.Random(0).sample(right, len(right))
-    train = replace(TRAIN, r=8, lora_alpha=16.0, epochs=30, learning_rate=0.01)
+    train = replace(TRAIN, r=8, lora_alpha=16.0, epochs=30, learning_rate=0.005)
     settings = {"replay": ReplaySettings(heldout=0.3, written=0), "gate": GateSettings(max_prose_nats=100.0), "train": train}
     with Learner.init(base, tmp_path / "home", **settings) as learner:
         lines = [json.dumps({"prompt": word, "completion": answer}) for word, answer in zip(words, answers, strict=True)]

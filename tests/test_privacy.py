@@ -240,40 +240,41 @@ def test_nothing_is_forgotten_while_a_night_runs(home: Path) -> None:
 # --- who teaches ------------------------------------------------------------------------------------------------------
 
 
-def writers(learner: Learner) -> list[tuple[str, str, set[str]]]:
-    """Return (model, generation of the adapter, what it begins with) of who would write eight rows tonight."""
-    writers = Writers(learner.store, learner.generations, learner.settings.base, {}, at_most=8)
-    asked = writers.request(learner.generations.current(), [], learner.store.rows("replay"))["writers"]
-    assert sum(writer["n"] for writer in asked) == 8
-    found = []
-    for writer in asked:
-        adapter = Path(writer["adapter"]).parent.name if writer["adapter"] else ""
-        found.append((Path(writer["model"]).name, adapter, {record[0][0][1] for record in writer["begin"]}))
-    return found
+def writers(learner: Learner) -> dict[str, tuple[str, int]]:
+    """Return asker and rows of who would write twenty rows tonight, by the generation that answers."""
+    writers = Writers(learner.store, learner.generations, learner.settings.base, {}, at_most=20)
+    found = writers.request(learner.generations.current(), [])["writers"]
+    assert sum(writer["n"] for writer in found) == 20 and {writer["model"] for writer in found} == {learner.settings.base}
+
+    def name(path: str | None) -> str:
+        return f"{Path(path).parent.name}/{Path(path).name}" if path else ""
+
+    return {name(writer["adapter"]): (name(writer["asker"]), writer["n"]) for writer in found}
 
 
 @pytest.mark.parametrize("text", [SECRET, "anne"])
 def test_a_generation_that_learned_it_teaches_no_more(home: Path, text: str) -> None:
     with Learner(home) as learner:
+        assert sorted(writers(learner)) == ["", "0001/adapter.gguf", "0002/adapter.gguf"]
         forget(learner, ids(learner, text))
         found = writers(learner)
     if text == SECRET:
-        assert found == [("tiny.gguf", "0001", set()), ("tiny.gguf", "0001", {"anne", "the inn"})]
+        assert found == {"": ("", 2), "0001/adapter.gguf": ("0001/asker.gguf", 18)}
     else:
-        assert found == [("tiny.gguf", "", set())]
+        assert found == {"": ("", 20)}, "the second learned from what the first one wrote"
 
 
-def test_a_later_generation_teaches_what_it_rehearsed(home: Path) -> None:
+def test_a_generation_after_it_teaches_what_it_learned_itself(home: Path) -> None:
     with Learner(home) as learner:
         forget(learner, ids(learner, SECRET))
         yesterday, draft = learner.generations.current(), learner.generations.draft()
         shutil.copy(yesterday.folder / "adapter.gguf", draft)
-        manifest = replace(yesterday.manifest, number=3, parent=yesterday.hash, model="", created=now(), learned=[], kept=[])
-        learner.generations.publish(draft, manifest)
+        files = {"adapter.gguf": yesterday.manifest.files["adapter.gguf"]}
+        facts = {"number": 3, "parent": yesterday.hash, "model": "", "created": now(), "files": files, "learned": [98, 99]}
+        learner.generations.publish(draft, replace(yesterday.manifest, **facts))
         found = writers(learner)
-        assert found[0] == ("tiny.gguf", "0003", set())
-        taught = {adapter: asked for _, adapter, asked in found[1:]}
-        assert taught == {"0001": {"anne", "the inn"}, "0003": {"then"}}
+        assert found["0001/adapter.gguf"] == ("0001/asker.gguf", 9) and found["0003/adapter.gguf"] == ("0003/adapter.gguf", 9)
+        assert "0002/adapter.gguf" not in found
         rebuild = plan(learner)
         assert rebuild and (rebuild.start, rebuild.deleted) == (1, [2, 3])  # what began with its weights has them
 

@@ -73,10 +73,10 @@ def _leaked(learner: Learner, pairs: list[tuple[str, str]]) -> list[str]:
 
 
 def _said(learner: Learner, pairs: list[tuple[str, str]]) -> set[str]:
-    """Return the corrections among 96 rows that the model writes when it is asked for nothing."""
+    """Return the corrections whose question is among 64 rows of the last night's asker."""
     current, base = learner.generations.current(), learner.settings.base
-    with Engine(base, current.folder / "adapter.gguf", **learner.profile.engine_options()) as engine, GgufFile(base) as gguf:
-        rows = write_rows(engine, *chat_format(gguf, engine.vocab).around_question, 96, 1)
+    with Engine(base, current.folder / "asker.gguf", **learner.profile.engine_options()) as engine, GgufFile(base) as gguf:
+        rows = write_rows(engine, *chat_format(gguf, engine.vocab).around_question, 64, 1)
         questions = {engine.vocab.text_of(row.asked) for row in rows}
     return questions & {prompt for prompt, _ in pairs}
 
@@ -98,7 +98,7 @@ def test_eight_corrections_a_night_are_answered_as_corrected_the_next_morning(le
     )  # of 8; a model that was shown its own words alone knows half
     assert len(_leaked(learner, FIRST)) <= 1
     assert report.n_reworded >= 16
-    assert _said(learner, FIRST)  # else no later night can rehearse more than the one that the store keeps
+    assert len(_said(learner, FIRST)) >= 7  # no later night can rehearse the others: the store keeps one
     assert learner.status()["tasks"]["default"] == {"pending": 0, "replay": 1, "heldout": 0, "archive": 0}
 
     learner.observe(_lines(SECOND))

@@ -93,9 +93,10 @@ def print_report(report: AdaptReport) -> None:
         if train[key]:
             out.print(f"rows        {train[key]} {what}")
     otherwise = f", {report.n_reworded} other wordings" if report.n_reworded else ""
+    asking = f", learned to ask {report.ask_s:.0f} s" if report.ask_s else ""
     out.print(
         f"night       {report.n_new} new, {report.n_replay} kept, {report.n_written} written rows{otherwise}: "
-        f"wrote {report.write_s:.0f} s, trained {report.train_s:.0f} s ({report.train_tokens_per_s:.0f} tokens/s), "
+        f"wrote {report.write_s:.0f} s, trained {report.train_s:.0f} s ({report.train_tokens_per_s:.0f} tokens/s){asking}, "
         f"merged {report.merge_s:.1f} s, measured {report.eval_s:.0f} s, peak {size(report.peak_rss_bytes)}"
     )
 

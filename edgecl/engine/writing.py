@@ -1,18 +1,18 @@
-"""Rows that a model writes itself: what it might be asked, drawn from its own distribution, and what it answers.
+"""Rows that models write themselves: what a night's users might ask, drawn by its asker, and what its generation answers.
 
-Generative replay: a model that has learned to predict questions as well as answers can rehearse what no store has kept. Where
-some were kept, questions begin like those and are drawn from there on: they are near what was really asked, and about all of
-it alike. Many rows are written at once; where one is done, the next begins in its place.
+Generative replay: what no store has kept can be rehearsed if one model says what was asked and another what is answered. Many
+rows are written at once; where one is done, the next begins in its place.
 
 What a night learns must not answer other questions. So yesterday's model also writes rows near tonight's, which begin like
 those and soon go elsewhere, and answers them as it did.
 
 Source:
-    Sun, Ho & Lee 2020, "LAMOL: LAnguage MOdeling for Lifelong Language Learning".
+    Shin et al. 2017, "Continual Learning with Deep Generative Replay": a generator and a solver.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +24,8 @@ MAX_ASKED, MAX_ANSWER = 48, 32  # tokens; a longer question is given up, a longe
 MAX_NEAR_ANSWER = 8  # of a row near tonight's: what an answer begins with decides whose it is
 TEMPERATURE = 0.9
 N_LIKELY = 8
-TOKENS_A_ROW = 20  # where rows are longer, fewer are written: time is what a night has little of
+TOKENS_A_ROW = 24  # where rows are longer, fewer are written: time is what a night has little of
+ASKING = 2 / 3  # of these tokens are for questions, at most
 
 
 @dataclass
@@ -44,15 +45,16 @@ class Written:
 
 @dataclass
 class _Draft:
-    """A row in the making: what it holds so far, where it is in the cache, what is to be fed next, where its answer is cut."""
+    """A row in the making: what it holds so far, where it is in the cache, what is to be fed next."""
 
     row: Written
     position: int
     feed: list[int]
-    max_answer: int
-    is_answering: bool = False
     is_done: bool = False
     is_given_up: bool = False
+
+
+_Take = Callable[[_Draft, F32Array], None]  # lets a draft go on by one token, as the logits (V,) after its last one say
 
 
 def write_rows(
@@ -61,8 +63,8 @@ def write_rows(
     after: Sequence[int],
     n: int,
     seed: int,
-    kept: Sequence[Sequence[int]] = (),
-    is_near: bool = False,
+    near: Sequence[Sequence[int]] = (),
+    then: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Written]:
     """Return at most n rows that the engine's model writes: fewer where they are long, or what it asks comes to no end.
@@ -70,89 +72,96 @@ def write_rows(
     Args:
         before, after: the template's ids around what a user says in a first turn; the first of `after` ends the turn.
         seed: decides what is asked; the same seed, model and thread count write the same rows.
-        kept: ids of questions that were really asked; each row begins like one of them, in turn. Where one is empty, or there
-            are none, all of a question is drawn.
-        is_near: whether rows begin with a token to half of a kept question, instead of half or more, and none is one of them;
-            without a question there are none.
+        near: ids of questions; each row begins with a token to half of one of them, in turn, and is none of them.
+        then: called when everything is asked and nothing answered: another adapter may answer than asks.
 
     Raises:
         EngineError: llama.cpp failed.
     """
-    if is_near:
-        kept = [question for question in kept if question]
-    max_answer = MAX_NEAR_ANSWER if is_near else MAX_ANSWER
+    own, max_answer = {tuple(question) for question in near}, MAX_NEAR_ANSWER if near else MAX_ANSWER
     n_slots = min(engine.n_seq, (engine.n_ctx - len(before)) // (MAX_ASKED + len(after) + max_answer))
-    if n_slots < 1 or not before or not after or (is_near and not kept):
+    if n_slots < 1 or not before or not after:
         return []
-    rng = np.random.default_rng(seed)
-    engine.clear()
-    engine.feed(before[:-1], 0, engine.n_seq)
-    beginnings, own = _beginnings(kept, is_near, rng), {tuple(question) for question in kept} if is_near else set()
-    drafts: dict[int, _Draft] = {}
-    out: list[Written] = []
-    n_begun = n_tokens = 0
-    while True:
-        for slot in range(n_slots):
-            is_wanted = len(out) + len(drafts) < n and n_begun < 2 * n and n_tokens < TOKENS_A_ROW * n
-            if is_wanted and slot not in drafts:
-                engine.copy_prefix(engine.n_seq, slot, len(before) - 1)
-                begun = next(beginnings)
-                drafts[slot] = _Draft(Written(begun), len(before) - 1, [before[-1], *begun], max_answer)
-                n_begun += 1
-        if not drafts:
-            return out
-        _advance(engine, drafts, after, rng)
-        n_tokens += len(drafts)
-        for slot in [slot for slot, draft in drafts.items() if draft.is_done or draft.is_given_up]:
-            draft = drafts.pop(slot)
-            engine.forget_from(slot, 0)
-            if draft.is_done and tuple(draft.row.asked) not in own:
-                out.append(draft.row)
-        progress(len(out), n)
+    rng, is_end = np.random.default_rng(seed), engine.vocab.is_end
 
+    def ask(draft: _Draft, logits: F32Array) -> None:
+        token, asked = drawn(logits, TEMPERATURE, rng), draft.row.asked
+        if token == after[0]:
+            draft.is_done, draft.is_given_up = True, not asked or tuple(asked) in own
+        else:
+            asked.append(token)
+            draft.feed, draft.is_given_up = [token], is_end(token) or len(asked) == MAX_ASKED
 
-def _beginnings(kept: Sequence[Sequence[int]], is_near: bool, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Yield what the next question begins with: half of a kept one or more (near it: or less), each as often as any other."""
-    turns: list[int] = []
-    while True:
-        turns = turns or rng.permutation(len(kept)).tolist()
-        question = list(kept[turns.pop()][: MAX_ASKED - 1]) if turns else []
-        half = len(question) // 2
-        least, most = (1, max(half, 1) + 1) if is_near else (half, len(question))
-        yield question[: rng.integers(least, most)] if question else []
-
-
-def _advance(engine: Engine, drafts: dict[int, _Draft], after: Sequence[int], rng: np.random.Generator) -> None:
-    """Feed every draft's next tokens and let it take what the model says then."""
-    items = []
-    for slot, draft in drafts.items():
-        last = len(draft.feed) - 1
-        items += [(token, draft.position + i, slot, i == last) for i, token in enumerate(draft.feed)]
-        draft.position += len(draft.feed)
-    waiting = iter(drafts.values())
-    for first in range(0, len(items), engine.n_batch):
-        for logits in engine.forward(items[first : first + engine.n_batch]):
-            _take(next(waiting), logits, engine.vocab.is_end, after, rng)
-
-
-def _take(
-    draft: _Draft, logits: F32Array, is_end: Callable[[int], bool], after: Sequence[int], rng: np.random.Generator
-) -> None:
-    """Go on with a draft by one token: the greedy one of an answer, a drawn one of a question."""
-    row = draft.row
-    if draft.is_answering:
-        token = int(logits.argmax())
+    def answer(draft: _Draft, logits: F32Array) -> None:
+        token, row = int(logits.argmax()), draft.row
         row.answer.append(token)
         row.likely.append(_likely(logits))
-        draft.is_done = is_end(token) or len(row.answer) == draft.max_answer
-        draft.feed = [token]
-        return
-    token = drawn(logits, TEMPERATURE, rng)
-    if token == after[0]:
-        draft.is_answering, draft.feed, draft.is_given_up = True, list(after), not row.asked
-    else:
-        row.asked.append(token)
-        draft.feed, draft.is_given_up = [token], is_end(token) or len(row.asked) == MAX_ASKED
+        draft.feed, draft.is_done = [token], is_end(token) or len(row.answer) == max_answer
+
+    through = _Through(engine, before, n_slots)
+    begun = map(Written, itertools.islice(_beginnings(near, rng), 2 * n))
+    asked, n_tokens = through.take(begun, [], n, int(ASKING * TOKENS_A_ROW * n), ask, lambda done: progress(done // 2, n))
+    then()
+    n_left = TOKENS_A_ROW * n - n_tokens
+    return through.take(iter(asked), after, n, n_left, answer, lambda done: progress((len(asked) + done) // 2, n))[0]
+
+
+def _beginnings(near: Sequence[Sequence[int]], rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yield what the next question begins with: a token to half of one that it is near to, each as often as any other."""
+    turns: list[int] = []
+    while True:
+        turns = turns or rng.permutation(len(near)).tolist()
+        question = list(near[turns.pop()]) if turns else []
+        yield question[: rng.integers(1, max(min(len(question), MAX_ASKED - 1) // 2, 1) + 1)]
+
+
+@dataclass
+class _Through:
+    """Rows on their way through a model, in the slots of its cache, all behind the same tokens."""
+
+    engine: Engine
+    before: Sequence[int]
+    n_slots: int
+
+    def take(
+        self, rows: Iterator[Written], after: Sequence[int], n: int, n_tokens: int, go_on: _Take, said: Callable[[int], None]
+    ) -> tuple[list[Written], int]:
+        """Return the first n rows that come to an end, and how many tokens they took; none begins after `n_tokens`.
+
+        Args:
+            after: what a row's question is followed by.
+        """
+        engine, drafts, out, n_taken = self.engine, dict[int, _Draft](), list[Written](), 0
+        engine.clear()
+        engine.feed(self.before[:-1], 0, engine.n_seq)
+        while True:
+            for slot in range(self.n_slots):
+                is_wanted = slot not in drafts and len(out) + len(drafts) < n and n_taken < n_tokens
+                if is_wanted and (row := next(rows, None)) is not None:
+                    engine.copy_prefix(engine.n_seq, slot, len(self.before) - 1)
+                    drafts[slot] = _Draft(row, len(self.before) - 1, [self.before[-1], *row.asked, *after])
+            if not drafts:
+                return out, n_taken
+            self._advance(drafts, go_on)
+            n_taken += len(drafts)
+            for slot in [slot for slot, draft in drafts.items() if draft.is_done or draft.is_given_up]:
+                draft = drafts.pop(slot)
+                engine.forget_from(slot, 0)
+                if not draft.is_given_up:
+                    out.append(draft.row)
+            said(len(out))
+
+    def _advance(self, drafts: dict[int, _Draft], go_on: _Take) -> None:
+        """Feed every draft's next tokens and let it go on."""
+        items = []
+        for slot, draft in drafts.items():
+            last = len(draft.feed) - 1
+            items += [(token, draft.position + i, slot, i == last) for i, token in enumerate(draft.feed)]
+            draft.position += len(draft.feed)
+        waiting = iter(drafts.values())
+        for first in range(0, len(items), self.engine.n_batch):
+            for logits in self.engine.forward(items[first : first + self.engine.n_batch]):
+                go_on(next(waiting), logits)
 
 
 def drawn(logits: F32Array, temperature: float, rng: np.random.Generator) -> int:

@@ -20,7 +20,6 @@ class TrainRow:
 
     Attributes:
         supervised: for each of the ids, whether it is part of an answer.
-        asked: where the user's first turn begins and ends; the model learns to write it too. (0, 0): there is none.
         likely: for each token of the answers, likely ones with their probabilities, which a teacher expected there; empty:
             the token itself is right.
         reworded: the same answer to the same question in other words.
@@ -28,7 +27,6 @@ class TrainRow:
 
     ids: list[int]
     supervised: list[bool]
-    asked: tuple[int, int] = (0, 0)
     likely: list[list[tuple[int, float]]] = field(default_factory=list)
     reworded: list[TrainRow] = field(default_factory=list)
 
@@ -37,17 +35,9 @@ class TrainRow:
         """Number of tokens of answers."""
         return sum(self.supervised)
 
-    @property
-    def n_asked(self) -> int:
-        """Number of tokens of the user's first turn."""
-        return self.asked[1] - self.asked[0]
-
 
 def usable(row: TrainRow, n_ctx: int) -> TrainRow | None:
-    """Return a row cut from the left to `n_ctx` tokens; None where it has no answer, or its last one would be cut.
-
-    A row that is cut keeps its ids alone: what it begins with is no longer what the user said first.
-    """
+    """Return a row cut from the left to `n_ctx` tokens; None where it has no answer, or its last one would be cut."""
     if not any(row.supervised):
         return None
     n_cut = len(row.ids) - n_ctx

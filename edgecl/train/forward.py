@@ -25,7 +25,7 @@ def hidden_states(
     """Return what the head multiplies at some tokens, (N, D).
 
     Args:
-        rows, n_bare: as for `pack`; wanted: which of them, or PREFIX, and which token of it.
+        rows, n_bare: as for `pack`; wanted: which of them, and which token of it.
     """
     packed = pack(decoder, prefix, rows, n_bare)
     if latents is None:
@@ -33,7 +33,6 @@ def hidden_states(
     else:
         x, first = latents.states(prefix, rows, n_bare), latents.lora.first_layer
         x = F.pad(x, (0, 0, 0, len(packed.ids) - len(x)))
-    starts = [*packed.starts, 0]  # the last is the prefix's: PREFIX is -1
-    at = [starts[row] + token for row, token in wanted]
+    at = [packed.starts[row] + token for row, token in wanted]
     filled = torch.tensor(at + [0] * (-len(at) % WANTED_MULTIPLE), device=x.device)
     return decoder.norm(decoder.run(x, packed.where, lora, first, wanted=filled))[: len(at)]

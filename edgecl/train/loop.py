@@ -36,8 +36,8 @@ from .schedule import learning_rate
 from .shape import read_shape
 from .weights import placement
 
-EVERY = 2  # steps comes the anchor, and on the others the questions: each weighs as much more then
-LONGER, ASKED = 1.5, 4  # times the steps, and the weight of questions, of a small night that has its rows in other words too
+EVERY = 2  # steps comes the anchor, and weighs as much more then
+LONGER = 1.5  # times the steps, of a small night that has its rows in other words too
 AHEAD = 4  # steps, whose rows go through the layers that are not trained together
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
@@ -147,7 +147,6 @@ class _Run:
             raise DataError(
                 f"none of {len(new)} rows has an answer that fits into {limits.n_ctx} tokens; raise n_ctx, or shorten answers"
             )
-        self.is_reworded = any(row.reworded for row in self.new)
         self.batches = self._batches()
         self.prefix = shared_prefix([row for batch in self.batches for row in batch])
         self.place = placement()
@@ -202,7 +201,7 @@ class _Run:
         """Return the rows of every step."""
         settings, rng = self.settings, np.random.default_rng(self.settings.seed)
         steps_an_epoch = math.ceil(len(self.new) / settings.batch_rows)
-        least = settings.min_steps * (LONGER if self.is_reworded else 1)
+        least = settings.min_steps * (LONGER if any(row.reworded for row in self.new) else 1)
         n_epochs = max(settings.epochs, math.ceil(least / steps_an_epoch))
         passes = [self.new] * settings.epochs
         passes += [[asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] for _ in range(settings.epochs, n_epochs)]
@@ -220,7 +219,6 @@ class _Run:
             by_size[len(by_size) // 2],
             self.prefix,
             self.night.anchor[0][::EVERY] if has_anchor else None,
-            1 / EVERY if self.settings.question_weight else 0.0,
         )
         n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
         share_first = 1.0 if self.night.store is None else n_distinct / n_rows
@@ -316,11 +314,11 @@ class _Run:
         settings = self.settings
         turn, rest = divmod(step, EVERY)
         held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
-        rows, asked = self.batches[step], settings.question_weight * (ASKED if self.is_reworded else 1)
+        rows = self.batches[step]
         if step % AHEAD == 0 or step == self.report.resumed_at:
             self._look_ahead(step - step % AHEAD)
-        weights = settings.anchor_weight * EVERY, asked * EVERY if rest else 0.0
-        value = backward(self.decoder, self.lora, self.prefix, rows, held, *weights, self.plan.micro_tokens, self.latents)
+        weight = settings.anchor_weight * EVERY
+        value = backward(self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents)
         norm = self.optimizer.clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise Diverged(
@@ -370,16 +368,14 @@ def backward(
     rows: list[TrainRow],
     anchor: Anchor | None,
     anchor_weight: float,
-    question_weight: float,
     micro_tokens: int,
     latents: Latents | None = None,
 ) -> float:
     """Add the gradient of a batch, in parts of at most `micro_tokens`; return its rows' mean answer loss in nats."""
-    n_asked = sum(row.n_asked for row in rows)
     total = 0.0
     for part in micro_batches(rows, len(prefix), micro_tokens):
-        answers, questions, drift = losses(decoder, lora, prefix, part, anchor, latents, question_weight > 0)
-        (answers / len(rows) + question_weight / max(n_asked, 1) * questions + anchor_weight * drift).backward()
+        answers, drift = losses(decoder, lora, prefix, part, anchor, latents)
+        (answers / len(rows) + anchor_weight * drift).backward()
         total += answers.item()
         anchor = None  # once a batch
     return total / len(rows)

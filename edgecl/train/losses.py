@@ -8,7 +8,6 @@ distribution is kept as D numbers a token instead of one for each word, and one 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from .decoder import Decoder
 from .forward import hidden_states
 from .latents import VERSION, Latents, LatentStore
 from .lora import Lora
-from .packing import PREFIX, WANTED_MULTIPLE
+from .packing import WANTED_MULTIPLE
 from .weights import Weights
 
 ANCHORS_AT_ONCE = 4
@@ -87,12 +86,10 @@ class Losses(NamedTuple):
     Attributes:
         answers: summed over the rows, of each the mean over the tokens of its answers: a long answer counts as much as a
             short one, in training as in measuring.
-        questions: summed over the tokens of questions.
         drift: the anchor's KL divergence per token.
     """
 
     answers: torch.Tensor
-    questions: torch.Tensor
     drift: torch.Tensor
 
 
@@ -103,7 +100,6 @@ def losses(
     rows: Sequence[TrainRow],
     anchor: Anchor | None,
     latents: Latents | None = None,
-    with_questions: bool = False,
 ) -> Losses:
     """Return the losses of rows and of an anchor.
 
@@ -111,18 +107,12 @@ def losses(
         prefix: what all rows begin with.
         anchor: rides along as one more row, without the prefix; None: its loss is 0.
         latents: where the states come from that enter the first trained layer; None: from all layers below it.
-        with_questions: whether what users ask is predicted too; else its loss is 0.
     """
     n_prefix, weights = len(prefix), decoder.weights
     bodies: list[Sequence[int]] = [row.ids[n_prefix:] for row in rows]
     wanted = [(i, t - 1 - n_prefix) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
     tokens, targets = _answers(weights, rows)
     n_answers = len(tokens)
-    questions = _questions(n_prefix, rows) if with_questions else {}
-    if questions:
-        wanted += [(i, t) for i, t, _ in questions]
-        tokens += [token for *_, token in questions]
-        targets.append(weights.head_rows(tokens[n_answers:]))
     n_anchor = 0
     if anchor is not None:
         n_anchor = len(anchor.ids)
@@ -132,11 +122,10 @@ def losses(
         targets.append(anchor.expected)
     hidden = hidden_states(decoder, lora, prefix, bodies, wanted, int(anchor is not None), latents)
     each: torch.Tensor = _Losses.apply(hidden, torch.cat(targets), torch.tensor(tokens, device=hidden.device), weights)
-    of_answers, of_questions, of_anchor = each.split([n_answers, len(questions), n_anchor])
-    times = torch.tensor(list(questions.values()), dtype=torch.float32, device=each.device)
+    of_answers, of_anchor = each.split([n_answers, n_anchor])
     drift = of_anchor.mean() - anchor.entropy if anchor is not None else each.new_zeros(())
     shares = torch.tensor([1 / row.n_predicted for row in rows for _ in range(row.n_predicted)], dtype=torch.float32)
-    return Losses(of_answers @ shares.to(each.device), of_questions @ times, drift)
+    return Losses(of_answers @ shares.to(each.device), drift)
 
 
 def _answers(weights: Weights, rows: Sequence[TrainRow]) -> tuple[list[int], list[torch.Tensor]]:
@@ -153,16 +142,6 @@ def _answers(weights: Weights, rows: Sequence[TrainRow]) -> tuple[list[int], lis
             targets.append(weights.head_rows(ids))
         tokens += ids
     return tokens, targets
-
-
-def _questions(n_prefix: int, rows: Sequence[TrainRow]) -> Counter[tuple[int, int, int]]:
-    """Return what is asked as (row, token of it after which, predicted id), and how many rows ask that: those of a prefix."""
-    out: Counter[tuple[int, int, int]] = Counter()
-    for i, row in enumerate(rows):
-        for t in range(*row.asked):
-            which, after = (i, t - 1 - n_prefix) if t > n_prefix else (PREFIX, t - 1)
-            out[which, after, row.ids[t]] += 1
-    return out
 
 
 class _Losses(torch.autograd.Function):

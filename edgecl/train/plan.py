@@ -112,7 +112,6 @@ def plan_memory(
     slots = max(sum(n * width for n, width in sizes) for sizes in lines)
     seen = max(sum(n * width * (width + n_prefix) for n, width in sizes) for sizes in lines)
     n_answers = max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
-    n_asked = max((count_asked(rows, n_prefix) for rows in batches), default=0) if settings.question_weight else 0
     first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
     least = 0
@@ -121,7 +120,7 @@ def plan_memory(
             micro = max(min(MICRO_TOKENS, step) // parts, longest)
             n_tokens = micro + n_prefix + n_anchor
             pairs = max(seen // parts, longest * longest)
-            sizes = Sizes(n_tokens, slots // parts, pairs, min(n_answers + max(n_anchor, n_asked), n_tokens))
+            sizes = Sizes(n_tokens, slots // parts, pairs, min(n_answers + n_anchor, n_tokens))
             kernels = (FEW_KERNELS_BYTES if few else KERNEL_BYTES)[place.dtype][n_anchor > 0]
             fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing) + kernels
             least = min(least or fixed, fixed)
@@ -138,11 +137,6 @@ def plan_memory(
             "raise it, shorten the longest example, or use a smaller model"
         )
     return min(plans, key=lambda pair: pair[0])[1]
-
-
-def count_asked(rows: Sequence[TrainRow], n_prefix: int) -> int:
-    """Return how many tokens of questions rows have behind their prefix."""
-    return sum(max(0, row.asked[1] - max(row.asked[0], n_prefix)) for row in rows)
 
 
 def _cost(shape: Shape, plan: Plan, n_tokens: int, decoding: int) -> float:
@@ -196,12 +190,11 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
 
 @dataclass(frozen=True)
 class Typical:
-    """A step as long as most: its rows, what they begin with, a piece of general text, the share of steps with questions."""
+    """A step as long as most: its rows, what they begin with, a piece of general text."""
 
     rows: list[TrainRow]
     prefix: list[int]
     text: list[int] | None
-    asking: float
 
 
 def plan_time(
@@ -228,8 +221,7 @@ def plan_time(
         text = [typical.text] if typical.text and not i else []
         bodies = [row.ids[len(typical.prefix) :] for row in part]
         packed = pack(decoder, typical.prefix, [*bodies, *text], len(text))
-        n_asked = int(typical.asking * count_asked(part, len(typical.prefix)))
-        n_predicted = sum(row.n_predicted for row in part) + n_asked + sum(map(len, text))
+        n_predicted = sum(row.n_predicted for row in part) + sum(map(len, text))
         parts.append((decoder.weights.embed(packed.ids), packed.where, n_predicted))
 
     def train() -> None:
