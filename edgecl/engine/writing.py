@@ -24,8 +24,8 @@ MAX_ASKED, MAX_ANSWER = 48, 32  # tokens; a longer question is given up, a longe
 MAX_NEAR_ANSWER = 8  # of a row near tonight's: what an answer begins with decides whose it is
 TEMPERATURE = 0.9
 N_LIKELY = 8
-TOKENS_A_ROW = 24  # where rows are longer, fewer are written: time is what a night has little of
-ASKING = 2 / 3  # of these tokens are for questions, at most
+TOKENS_A_ROW = 32  # where rows are longer, fewer are written: time is what a night has little of
+ASKING = 1 / 2  # of these tokens are for questions, at most
 
 
 @dataclass
