@@ -100,7 +100,6 @@ def plan(learner: Learner) -> Rebuild | None:
         GenerationError: the generation that serves is damaged.
     """
     generations, silent = learner.generations, learner.store.forgotten()
-    numbers = {generations.hash_of(n): n for n in generations.numbers()}
     deleted: list[Manifest] = []
     for manifest in _manifests(learner):
         own = generations.hash_of(manifest.number)
@@ -109,9 +108,7 @@ def plan(learner: Learner) -> Rebuild | None:
             deleted.append(manifest)
     if not deleted:
         return None
-    start = generations.current()
-    while start.hash in silent:
-        start = generations.load(numbers.get(start.manifest.parent, 0))
+    start = next(night for night in generations.lineage(generations.current()) if night.hash not in silent)
     learned = {row_id for manifest in deleted for row_id in manifest.learned}
     held = {row.id for row in find(learner)}
     return Rebuild(start.number, [manifest.number for manifest in deleted], len(learned & held), len(learned - held))

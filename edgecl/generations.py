@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -173,6 +174,14 @@ class Generations:
         """Return the hash of a generation's manifest, sound or not; empty when it cannot be read."""
         path = self.folder / f"{number:04d}" / "manifest.json"
         return sha256_file(path) if path.is_file() else ""
+
+    def lineage(self, generation: Generation) -> Iterator[Generation]:
+        """Yield a generation, its parent, and so on to the base; it comes at once where a manifest on the way is damaged."""
+        numbers = {self.hash_of(number): number for number in self.numbers()}
+        while generation.number:
+            yield generation
+            generation = self.load(numbers.get(generation.manifest.parent, 0))
+        yield generation
 
     def current(self) -> Generation:
         """Return the generation that serves.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ class Writers:
         What was forgotten is not handed on: a generation that learned from it is silent.
         """
         forgotten = self.store.forgotten()
-        nights = [night for night in self._lineage(yesterday) if night.hash not in forgotten]
+        nights = [night for night in self.generations.lineage(yesterday) if night.hash not in forgotten]
         teachers = [night for night in nights if night.manifest.learned and self._is_whole(night.folder / "adapter.gguf")]
         n = min(self.at_most, max(round(len(new) * (WRITTEN_A_ROW if teachers else 1)), MIN_WRITTEN))
         request: dict[str, Any] = {"base": self.base, "engine": self.engine, "writers": [], "reword": []}
@@ -87,14 +86,6 @@ class Writers:
             for i, (model, adapter, asker, n_rows, near) in enumerate(parts)
             if n_rows
         ]
-
-    def _lineage(self, generation: Generation) -> Iterator[Generation]:
-        """Yield a generation, its parent, and so on to the base; it comes at once where a manifest on the way is damaged."""
-        numbers = {self.generations.hash_of(number): number for number in self.generations.numbers()}
-        while generation.number:
-            yield generation
-            generation = self.generations.load(numbers.get(generation.manifest.parent, 0))
-        yield generation
 
     def _unmerged(self, night: Generation) -> Generation:
         """Return a generation as base and adapter: its merged file may be gone."""

@@ -20,8 +20,7 @@ from .ops import Bucket, Lines
 MULTIPLE = 16  # of tokens in a sequence, and of slots in a line
 WANTED_MULTIPLE = 32  # of tokens at which something is predicted
 SHORT = 64  # rows up to this length share lines
-PREFIX = -1  # the row of a token that all rows behind it see
-
+_PREFIX = -1  # the row of a token that all rows behind it see
 _FILL = -2  # the row of a token that fills up
 _EMPTY = -3  # the row of a slot without a token
 
@@ -55,7 +54,7 @@ def pack(decoder: Decoder, prefix: Sequence[int], rows: Sequence[Sequence[int]],
         positions += range(first, first + len(row))
     n_fill = -len(ids) % MULTIPLE
     pieces = [(i, start, len(row)) for i, (start, row) in enumerate(zip(starts, rows, strict=True))]
-    pieces += [(PREFIX, 0, len(prefix)), (_FILL, len(ids), n_fill)]
+    pieces += [(_PREFIX, 0, len(prefix)), (_FILL, len(ids), n_fill)]
     ids += [0] * n_fill
     positions += [0] * n_fill
     lines = _lines(decoder, [piece for piece in pieces if piece[2]], torch.tensor(positions), len(prefix), len(rows) - n_bare)
