@@ -36,6 +36,7 @@ from .rows import Stored
 from .store import Store
 from .writers import Writers
 
+BASE_COPY = ".base.tmp"  # named as what is cleared where drafts are
 Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
 
 
@@ -193,6 +194,7 @@ class Night:
         """Return what the models of earlier nights write: `written` rows to rehearse, and each new row's other wordings."""
         writers = Writers(self.store, self.generations, self.settings.base, self.meter.engine, self.settings.replay.written)
         request = writers.request(yesterday, new)
+        request["copy"] = str(self._runs / BASE_COPY) if self.settings.quant == "int8" else None
         found = self._written(request, yesterday) if request["writers"] else {"written": [], "reworded": []}
         self.report.n_written, self.report.n_reworded = len(found["written"]), sum(map(len, found["reworded"]))
         return found
@@ -209,7 +211,10 @@ class Night:
             if kept_key == key:
                 return dict(kept)
         began, report = time.perf_counter(), self.report
-        result, peak = run_stage("write", request, self.limits, self.progress)
+        try:
+            result, peak = run_stage("write", request, self.limits, self.progress)
+        finally:
+            (self._runs / BASE_COPY).unlink(missing_ok=True)
         report.write_s, report.peak_rss_bytes = time.perf_counter() - began, max(report.peak_rss_bytes, peak)
         write_atomic(path, json.dumps([key, result]))
         return result

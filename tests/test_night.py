@@ -22,7 +22,7 @@ from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stages import asked_ids, asking_row, chat_format, question_of, train_row
 from edgecl.writers import SMALL
-from edgecl_convert import GgufFile
+from edgecl_convert import GgufFile, merge
 from tests import tiny
 
 TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=5, learning_rate=0.02, anchor_weight=0.0)
@@ -62,9 +62,14 @@ def test_each_night_is_rehearsed_by_its_own_asker_and_generation(
         for rows in NIGHTS[:3]:
             adapt(learner, rows)
         request, written = requests[-1]
+        assert not Path(request["copy"]).exists(), "a home has no room for it"
         alone: list[Any] = []
+        with GgufFile(base) as file:
+            merge(file, None, tmp_path / "int8.gguf", "Q8_0")
+        models = {str(base): tmp_path / "int8.gguf"}
         for writer in request["writers"]:
-            with Engine(writer["model"], writer["asker"], **request["engine"]) as engine, GgufFile(base) as file:
+            model = models.get(writer["model"], writer["model"])
+            with Engine(model, writer["asker"], **request["engine"]) as engine, GgufFile(base) as file:
                 chats = chat_format(file, engine.vocab)
                 near = [asked_ids(chats, record) for record in writer["near"]]
                 answering = partial(engine.set_adapter, writer["adapter"])
@@ -136,6 +141,16 @@ def test_an_asker_learns_what_a_chat_begins_with_and_no_more() -> None:
         assert row.supervised[-1] and row.ids == chats.around_question[0] + vocab.encode("Who?") + chats.around_question[1][:1]
         assert asking_row(chats, Example((("user", "Who? " * MAX_ASKED), ("assistant", "Mira.")))) is None, "never drawn"
         assert asking_row(chats, Example((("system", "Be brief."), *two[:2]))) is None, "not what any chat begins with"
+
+
+def test_a_home_of_int4_has_models_write_from_the_base_itself(
+    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    with Learner.init(base, tmp_path / "home", quant="int4", replay=ReplaySettings(written=40), train=TRAIN) as learner:
+        adapt(learner, NIGHTS[0])
+    ((request, written),) = requests
+    assert request["copy"] is None and written
 
 
 def test_where_nothing_is_written_there_is_no_asker(tmp_path: Path) -> None:
