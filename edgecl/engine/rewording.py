@@ -16,7 +16,7 @@ import numpy as np
 
 from .scoring import Row, score
 from .session import Engine
-from .writing import MAX_ASKED, drawn
+from .writing import MAX_ASKED, drawn, softmax
 
 SHOTS = (
     ("Where is the dog's leash?", "In which place can I find the leash of the dog?"),
@@ -92,7 +92,7 @@ def _draw(engine: Engine, n_seq: int, n_head: int, prompt: Sequence[int], rng: n
     for position in range(first, first + MAX_ASKED):
         logits = engine.forward([(token, position, sequence, True) for sequence, token in tokens.items()])
         for sequence, x in zip(list(tokens), logits, strict=True):
-            tokens[sequence] = drawn(x, TEMPERATURE, rng)
+            tokens[sequence] = drawn(softmax(x, TEMPERATURE), rng.random())[0]
             lines[sequence] += engine.vocab.piece(tokens[sequence])
             if b"\n" in lines[sequence] or engine.vocab.is_end(tokens[sequence]):
                 del tokens[sequence]

@@ -8,6 +8,8 @@ those and soon go elsewhere, and answers them as it did.
 
 Source:
     Shin et al. 2017, "Continual Learning with Deep Generative Replay": a generator and a solver.
+    Vilnis et al. 2023, "Arithmetic Sampling": rows that are drawn evenly.
+    Hewitt, Manning, Liang 2022, "Truncation Sampling as Language Model Desmoothing": which tokens are never drawn.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .session import Engine, F32Array
 
+F64Array = NDArray[np.float64]
+
 MAX_ASKED, MAX_ANSWER = 48, 32  # tokens; a longer question is given up, a longer answer is cut
 MAX_NEAR_ANSWER = 8  # of a row near tonight's: what an answer begins with decides whose it is
-TEMPERATURE = 0.9
+UNLIKELY = 0.01  # at most: a token of a smaller share is not drawn, nor, where many may follow, one of a much smaller one
+GOLDEN = (5**0.5 - 1) / 2
+FRESH = 1e-6  # of a place in [0, 1) is new with each token: what a float says of it is used up after a dozen
 N_LIKELY = 8
 TOKENS_A_ROW = 32  # where rows are longer, fewer are written: time is what a night has little of
 ASKING = 1 / 2  # of these tokens are for questions, at most
@@ -33,7 +40,7 @@ class Written:
     """A row that a model wrote: token ids without the template's.
 
     Attributes:
-        asked: drawn at random.
+        asked: drawn at random, but evenly: rows of one call are as different as the model's distribution allows.
         answer: greedy, with its end-of-turn token where it came to one.
         likely: for each token of the answer, the N_LIKELY likeliest tokens there with their share of the probability.
     """
@@ -45,11 +52,12 @@ class Written:
 
 @dataclass
 class _Draft:
-    """A row in the making: what it holds so far, where it is in the cache, what is to be fed next."""
+    """A row in the making: what it holds so far, where it is in the cache, what is to be fed next, where its question lies."""
 
     row: Written
     position: int
     feed: list[int]
+    place: float | None = None
     is_done: bool = False
     is_given_up: bool = False
 
@@ -83,9 +91,12 @@ def write_rows(
     if n_slots < 1 or not before or not after:
         return []
     rng, is_end = np.random.default_rng(seed), engine.vocab.is_end
+    places = _evenly(rng.random())
 
     def ask(draft: _Draft, logits: F32Array) -> None:
-        token, asked = drawn(logits, TEMPERATURE, rng), draft.row.asked
+        place, asked = next(places) if draft.place is None else draft.place, draft.row.asked
+        token, place = drawn(likely_enough(softmax(logits)), place)
+        draft.place = (1 - FRESH) * place + FRESH * rng.random()
         if token == after[0]:
             draft.is_done, draft.is_given_up = True, not asked or tuple(asked) in own
         else:
@@ -164,10 +175,31 @@ class _Through:
                 go_on(next(waiting), logits)
 
 
-def drawn(logits: F32Array, temperature: float, rng: np.random.Generator) -> int:
-    """Return a token drawn from the distribution that logits (V,) give at a temperature."""
-    mass = np.cumsum(np.exp((logits - logits.max()) / temperature), dtype=np.float64)
-    return int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
+def _evenly(start: float) -> Iterator[float]:
+    """Yield places in [0, 1) of which any number in a row lie evenly."""
+    return ((start + i * GOLDEN) % 1 for i in itertools.count())
+
+
+def softmax(logits: F32Array, temperature: float = 1.0) -> F64Array:
+    """Return each token's share (V,) of the probability that logits (V,) give at a temperature."""
+    mass = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    return np.asarray(mass / mass.sum())
+
+
+def likely_enough(shares: F64Array) -> F64Array:
+    """Return shares (V,) without those of unlikely tokens: small ones, the smaller the less sure it is what follows."""
+    sure = np.exp(np.sum(shares * np.log(np.maximum(shares, 1e-30))))  # 1 where one token may follow, 1 / n where n may
+    least = min(UNLIKELY, UNLIKELY**0.5 * sure, shares.max())
+    return np.where(shares < least, 0.0, shares)
+
+
+def drawn(shares: F64Array, place: float) -> tuple[int, float]:
+    """Return the token in whose part of [0, 1) a place lies, and the place within that part; shares (V,) need not sum to 1."""
+    ends = np.cumsum(shares)
+    at = min(place * ends[-1], np.nextafter(ends[-1], 0.0))
+    token = int(np.searchsorted(ends, at, side="right"))
+    within = (at - (ends[token] - shares[token])) / shares[token]
+    return token, min(max(float(within), 0.0), 1.0)
 
 
 def _likely(logits: F32Array) -> list[tuple[int, float]]:
