@@ -205,5 +205,4 @@ def drawn(shares: F64Array, place: float) -> tuple[int, float]:
 def _likely(logits: F32Array) -> list[tuple[int, float]]:
     """Return the likeliest tokens with their probabilities, which are made to sum to 1."""
     top = np.argpartition(logits, -N_LIKELY)[-N_LIKELY:]
-    shares = np.exp(logits[top].astype(np.float64) - logits[top].max())
-    return [(int(token), float(share)) for token, share in zip(top, shares / shares.sum(), strict=True)]
+    return [(int(token), float(share)) for token, share in zip(top, softmax(logits[top]), strict=True)]
