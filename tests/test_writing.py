@@ -77,7 +77,7 @@ def test_seed_decides(talker):
 
 
 def test_questions_are_drawn_evenly_from_the_models_distribution(tmp_path):
-    with open_engine(write_talker(tmp_path / "sure.gguf", 2, 2)) as engine:
+    with open_engine(write_talker(tmp_path / "brief.gguf", 1, 8)) as engine:
         rows = write_rows(engine, BEFORE, AFTER, 300, seed=3)
         firsts = Counter(row.asked[0] for row in rows)
         shares = likely_enough(softmax(engine.logits(BEFORE)[-1]))
