@@ -23,6 +23,7 @@ from .learner import Learner
 from .night import AdaptReport
 from .profile import Settings
 from .tries import clear_try, last_try, note_try
+from .writers import copy_type
 
 EVERY_S = 3.0  # the machine is looked at this often while a night runs
 BYTES_A_WEIGHT = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
@@ -63,13 +64,15 @@ def nightly(
 def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -> AdaptReport:
     if learner.store.rows("pending"):
         learner.generations.check_base(full=False, base=learner.settings.base)
-        if reasons := contract.look(needed_bytes(learner.settings)):
+        if reasons := contract.look(needed_bytes(learner.settings, learner.profile.ram_bytes)):
             raise NotNow(f"not now: {reasons}")
     return learner.adapt(progress=progress, stop=contract)
 
 
-def needed_bytes(settings: Settings) -> int:
-    """Return the disk that a night may fill beside the base, which is there: the merged file, adapter and checkpoint.
+def needed_bytes(settings: Settings, ram_bytes: int) -> int:
+    """Return the disk that a night may fill beside the base, which is there.
+
+    First that is the copy that writers run from, then, when it is gone, the merged file, adapter and checkpoint.
 
     Raises:
         EdgeclError: the base cannot be read, or there is no such quant.
@@ -77,9 +80,11 @@ def needed_bytes(settings: Settings) -> int:
     with translated(), GgufFile(settings.base) as base:
         qtype = resolve_quant(settings.quant, base, learned=True)
         n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
+        copy = copy_type(base, settings.quant, ram_bytes)
         projections = [info.shape for name, info in base.tensors.items() if PROJECTIONS.keys() & set(name.split("."))]
     merged = max(Path(settings.base).stat().st_size, round(n_weights * BYTES_A_WEIGHT.get(qtype, Q8_0_BYTES)))
-    return merged + ADAPTERS * 4 * settings.train.r * sum(sum(shape) for shape in projections)
+    adapters = ADAPTERS * 4 * settings.train.r * sum(sum(shape) for shape in projections)
+    return max(merged + adapters, round(n_weights * BYTES_A_WEIGHT.get(copy, Q8_0_BYTES)) if copy else 0)
 
 
 class _Contract:

@@ -126,7 +126,7 @@ class TrainSettings:
     epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8
-    replay_rows: int = 12
+    replay_rows: int = 20
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.05
@@ -185,7 +185,7 @@ class ReplaySettings:
     """
 
     share: float = 0.1
-    written: int = 448
+    written: int = 1200
     heldout: float = 0.1
     archive: bool = False
 

@@ -100,7 +100,7 @@ def load_stage(request: Request, report: Report) -> Request:
 def write_stage(request: Request, report: Report) -> Request:
     """Have models write rows to rehearse, what they might be asked and what they answer, and new questions in other words.
 
-    Where `copy` names a file, the base runs from that, as INT8: llama.cpp computes some 4-bit types at half the speed.
+    Where `copy` names a file and a type, the base runs from that (see `writers.copy_type`).
     """
     from .engine import Engine, reword, write_rows
 
@@ -111,10 +111,10 @@ def write_stage(request: Request, report: Report) -> Request:
     def say(done: int, _: int) -> None:
         report(len(written) + done, total, "rows")
 
-    model = request["copy"] or request["base"]
+    model, qtype = request["copy"] or (request["base"], None)
     with GgufFile(request["base"]) as base:
-        if request["copy"]:
-            merge(base, None, model, "Q8_0")
+        if qtype:
+            merge(base, None, model, qtype)
         with Engine(model, **request["engine"]) as engine:
             for writer in request["writers"]:
                 engine.switch(model if writer["model"] == request["base"] else writer["model"], writer["asker"])

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgecl_convert import GgufFile
+
+from .device import bf16_is_fast
 from .errors import GenerationError
 from .generations import Generation, Generations, check_files
 from .measure import record_of
@@ -22,10 +26,23 @@ from .rows import Stored
 from .store import Store
 
 MIN_WRITTEN = 128  # rows for a small night
-WRITTEN_A_ROW = 5 / 3  # rows for each new one of a larger night, up to replay.written; on a first night, one
+WRITTEN_A_ROW = 4  # rows for each new one of a larger night, up to replay.written; on a first night, one
 OF_NIGHTS = 0.9  # of the written rows are of earlier nights, if there were any; the others are the base's own
 SMALL = 32  # new rows at most: a night of corrections
 NEAR_A_ROW, MAX_NEAR = 12, 96  # rows near each new one of a small night, and near all of them
+COPIES_IN_MEMORY = 4  # of a base in bfloat16, if writers are to run from one
+
+
+def copy_type(base: GgufFile, quant: str, ram_bytes: int) -> str | None:
+    """Return the type of the copy of a base that writers run from; None: from the base itself.
+
+    llama.cpp computes some 4-bit types at a fraction of the speed of what the CPU multiplies in hardware. Where INT8 is served,
+    there is room for a copy, which is rounded from what training sees by less than any served file, in bfloat16 not at all.
+    """
+    if quant != "int8":
+        return None
+    n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
+    return "BF16" if bf16_is_fast() and 2 * n_weights * COPIES_IN_MEMORY <= ram_bytes else "Q8_0"
 
 
 @dataclass
@@ -52,7 +69,8 @@ class Writers:
         forgotten = self.store.forgotten()
         nights = [night for night in self.generations.lineage(yesterday) if night.hash not in forgotten]
         teachers = [night for night in nights if night.manifest.learned and self._is_whole(night.folder / "adapter.gguf")]
-        n = min(self.at_most, max(round(len(new) * (WRITTEN_A_ROW if teachers else 1)), MIN_WRITTEN))
+        n_learned = round(sum(len(night.manifest.learned) for night in teachers) / OF_NIGHTS)  # each is asked for once, about
+        n = min(self.at_most, max(min(WRITTEN_A_ROW * len(new), n_learned) if teachers else len(new), MIN_WRITTEN))
         request: dict[str, Any] = {"base": self.base, "engine": self.engine, "writers": [], "reword": []}
         if n:
             small = [record_of(row.example) for row in new] if len(new) <= SMALL else []

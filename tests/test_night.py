@@ -62,11 +62,12 @@ def test_each_night_is_rehearsed_by_its_own_asker_and_generation(
         for rows in NIGHTS[:3]:
             adapt(learner, rows)
         request, written = requests[-1]
-        assert not Path(request["copy"]).exists(), "a home has no room for it"
+        copy, qtype = request["copy"]
+        assert not Path(copy).exists(), "a home has no room for it"
         alone: list[Any] = []
         with GgufFile(base) as file:
-            merge(file, None, tmp_path / "int8.gguf", "Q8_0")
-        models = {str(base): tmp_path / "int8.gguf"}
+            merge(file, None, tmp_path / "copy.gguf", qtype)
+        models = {str(base): tmp_path / "copy.gguf"}
         for writer in request["writers"]:
             model = models.get(writer["model"], writer["model"])
             with Engine(model, writer["asker"], **request["engine"]) as engine, GgufFile(base) as file:

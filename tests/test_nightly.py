@@ -335,11 +335,11 @@ def test_who_types_between_two_tries_puts_the_second_off_and_a_night_ends_the_no
 
 def test_the_disk_that_a_night_needs_is_what_it_fills_at_most(whole: tuple[Path, AdaptReport]) -> None:
     with Learner(whole[0]) as learner:
-        needed = needed_bytes(learner.settings)
+        needed = needed_bytes(learner.settings, learner.profile.ram_bytes)
         folder = learner.generations.current().folder
         filled = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         assert filled < needed < 4 * filled
-        as_f16 = needed_bytes(replace(learner.settings, quant="F16"))
+        as_f16 = needed_bytes(replace(learner.settings, quant="F16"), learner.profile.ram_bytes)
         model = next(folder.glob("model-*")).stat().st_size
         assert as_f16 - needed > 0.5 * model
 

@@ -18,6 +18,7 @@ from edgecl_convert import GgufFile, UnsupportedError
 from edgecl_convert.ggml import dequantize, dequantize_into
 from edgecl_convert.names import from_gguf_rows, head_counts, n_heads_permuted
 
+from ..device import bf16_is_fast
 from .shape import GROUPS, Shape
 
 HEAD_PART = 1 << 22  # weights of the head that are multiplied at once
@@ -40,16 +41,6 @@ def placement() -> Placement:
     if torch.cuda.is_available():
         return Placement(torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
     return Placement(torch.device("cpu"), torch.bfloat16 if bf16_is_fast() else torch.float32)
-
-
-def bf16_is_fast() -> bool:
-    """Return whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Armv8.6 BF16)."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as handle:
-            flags = set(handle.read().split())
-    except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 class Weights:
