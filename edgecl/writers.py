@@ -26,7 +26,7 @@ from .rows import Stored
 from .store import Store
 
 MIN_WRITTEN = 128  # rows for a small night
-WRITTEN_A_ROW = 4  # rows for each new one of a larger night, up to replay.written; on a first night, one
+WRITTEN_A_ROW = 4  # rows, at most, for each new one of a larger night
 OF_NIGHTS = 0.9  # of the written rows are of earlier nights, if there were any; the others are the base's own
 SMALL = 32  # new rows at most: a night of corrections
 NEAR_A_ROW, MAX_NEAR = 12, 96  # rows near each new one of a small night, and near all of them
@@ -43,6 +43,12 @@ def copy_type(base: GgufFile, quant: str, ram_bytes: int) -> str | None:
         return None
     n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
     return "BF16" if bf16_is_fast() and 2 * n_weights * COPIES_IN_MEMORY <= ram_bytes else "Q8_0"
+
+
+def n_written(n_new: int, n_learned: int) -> int:
+    """Return how many rows a night of `n_new` wants: about one for each of the `n_learned` of earlier nights, few for few."""
+    wanted = min(WRITTEN_A_ROW * n_new, round(n_learned / OF_NIGHTS)) if n_learned else n_new
+    return max(wanted, MIN_WRITTEN)
 
 
 @dataclass
@@ -69,8 +75,7 @@ class Writers:
         forgotten = self.store.forgotten()
         nights = [night for night in self.generations.lineage(yesterday) if night.hash not in forgotten]
         teachers = [night for night in nights if night.manifest.learned and self._is_whole(night.folder / "adapter.gguf")]
-        n_learned = round(sum(len(night.manifest.learned) for night in teachers) / OF_NIGHTS)  # each is asked for once, about
-        n = min(self.at_most, max(min(WRITTEN_A_ROW * len(new), n_learned) if teachers else len(new), MIN_WRITTEN))
+        n = min(self.at_most, n_written(len(new), sum(len(night.manifest.learned) for night in teachers)))
         request: dict[str, Any] = {"base": self.base, "engine": self.engine, "writers": [], "reword": []}
         if n:
             small = [record_of(row.example) for row in new] if len(new) <= SMALL else []

@@ -21,7 +21,7 @@ from edgecl.gate import GateSettings
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stages import asked_ids, asking_row, chat_format, question_of, train_row
-from edgecl.writers import SMALL
+from edgecl.writers import SMALL, copy_type, n_written
 from edgecl_convert import GgufFile, merge
 from tests import tiny
 
@@ -153,6 +153,28 @@ def test_a_home_of_int4_has_models_write_from_the_base_itself(
             adapt(learner, rows)
     request, written = requests[1]
     assert request["copy"] is None and written, "by an asker that has learned where a question ends"
+
+
+@pytest.mark.parametrize(
+    ("quant", "is_fast", "ram_bytes", "qtype"),
+    [("int4", True, 10**9, None), ("int8", False, 10**9, "Q8_0"), ("int8", True, 10**9, "BF16"), ("int8", True, 10**5, "Q8_0")],
+)
+def test_writers_run_from_a_copy_in_what_is_fast_and_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str, is_fast: bool, ram_bytes: int, qtype: str | None
+) -> None:
+    monkeypatch.setattr("edgecl.writers.bf16_is_fast", lambda: is_fast)
+    base = tiny.build(tmp_path / "tiny.gguf")[0]
+    with GgufFile(base) as file:
+        assert copy_type(file, quant, ram_bytes) == qtype
+
+
+@pytest.mark.parametrize(
+    ("n_new", "n_learned", "n"), [(1, 0, 128), (270, 0, 270), (270, 270, 300), (270, 2430, 1080), (8, 2430, 128)]
+)
+def test_a_night_has_about_each_row_of_earlier_ones_written_once_and_few_beside_few_new_ones(
+    n_new: int, n_learned: int, n: int
+) -> None:
+    assert n_written(n_new, n_learned) == n
 
 
 def test_where_nothing_is_written_there_is_no_asker(tmp_path: Path) -> None:
