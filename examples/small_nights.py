@@ -1,6 +1,6 @@
 """Small nights: eight corrections a night for ten nights, on the real model; what is still answered word for word afterwards.
 
-    python examples/small_nights.py [--nights 10] [--replay 0.1] [--written 448] [--quant int8] [--json]
+    python examples/small_nights.py [--nights 10] [--replay 0.1] [--written 1200] [--quant int8] [--json]
 
 `small_nights.jsonl` holds the corrections, of eleven kinds mixed in every night, each with another wording of its question that
 is never trained on. After each night the corrections of every night so far are asked again, of the file that serves. On the
