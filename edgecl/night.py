@@ -195,7 +195,7 @@ class Night:
         writers = Writers(self.store, self.generations, self.settings.base, self.meter.engine, self.settings.replay.written)
         request = writers.request(yesterday, new)
         with GgufFile(self.settings.base) as base:
-            qtype = copy_type(base, self.settings.quant, self.limits.ram_bytes)
+            qtype = copy_type(base, self.limits.ram_bytes)
         request["copy"] = [str(self._runs / BASE_COPY), qtype] if qtype else None
         found = self._written(request, yesterday) if request["writers"] else {"written": [], "reworded": []}
         self.report.n_written, self.report.n_reworded = len(found["written"]), sum(map(len, found["reworded"]))

@@ -80,7 +80,7 @@ def needed_bytes(settings: Settings, ram_bytes: int) -> int:
     with translated(), GgufFile(settings.base) as base:
         qtype = resolve_quant(settings.quant, base, learned=True)
         n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
-        copy = copy_type(base, settings.quant, ram_bytes)
+        copy = copy_type(base, ram_bytes)
         projections = [info.shape for name, info in base.tensors.items() if PROJECTIONS.keys() & set(name.split("."))]
     merged = max(Path(settings.base).stat().st_size, round(n_weights * BYTES_A_WEIGHT.get(qtype, Q8_0_BYTES)))
     adapters = ADAPTERS * 4 * settings.train.r * sum(sum(shape) for shape in projections)

@@ -12,11 +12,13 @@ import contextlib
 import itertools
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgecl_convert import GgufFile
+from edgecl_convert.ggml import FLOAT_TYPES, QType
 
 from .device import bf16_is_fast
 from .errors import GenerationError
@@ -30,19 +32,23 @@ WRITTEN_A_ROW = 4  # rows, at most, for each new one of a larger night
 OF_NIGHTS = 0.9  # of the written rows are of earlier nights, if there were any; the others are the base's own
 SMALL = 32  # new rows at most: a night of corrections
 NEAR_A_ROW, MAX_NEAR = 12, 96  # rows near each new one of a small night, and near all of them
-COPIES_IN_MEMORY = 4  # of a base in bfloat16, if writers are to run from one
+FOR_MANY_ROWS = (QType.Q4_0, QType.Q8_0, *FLOAT_TYPES)  # what llama.cpp computes fast where more than a few are at once
+COPY_IN_MEMORY = 1 / 2  # of ram_bytes, at most, is the copy that writers run from
 
 
-def copy_type(base: GgufFile, quant: str, ram_bytes: int) -> str | None:
+def copy_type(base: GgufFile, ram_bytes: int) -> str | None:
     """Return the type of the copy of a base that writers run from; None: from the base itself.
 
-    llama.cpp computes some 4-bit types at a fraction of the speed of what the CPU multiplies in hardware. Where INT8 is served,
-    there is room for a copy, which is rounded from what training sees by less than any served file, in bfloat16 not at all.
+    For some block types, such as Q4_1, llama.cpp has no kernels for many rows at once. A copy in bfloat16, where the CPU
+    multiplies it in hardware, is what training computes with; one in INT8 is rounded from that by less than what is served.
     """
-    if quant != "int8":
+    n_weights: Counter[QType] = Counter()
+    for info in base.tensors.values():
+        n_weights[info.qtype] += math.prod(info.shape)
+    if n_weights.most_common(1)[0][0] in FOR_MANY_ROWS:
         return None
-    n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
-    return "BF16" if bf16_is_fast() and 2 * n_weights * COPIES_IN_MEMORY <= ram_bytes else "Q8_0"
+    sizes = {"BF16": 2.0, "Q8_0": 34 / 32} if bf16_is_fast() else {"Q8_0": 34 / 32}
+    return next((qtype for qtype, size in sizes.items() if size * n_weights.total() <= COPY_IN_MEMORY * ram_bytes), None)
 
 
 def n_written(n_new: int, n_learned: int) -> int:
