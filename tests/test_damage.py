@@ -190,15 +190,20 @@ def test_a_night_does_not_go_on_from_a_damaged_adapter(home: Path) -> None:
             learner.adapt()
 
 
-def test_a_damaged_adapter_of_an_earlier_night_teaches_nothing(home: Path) -> None:
-    with Learner(home) as learner:
+def test_a_damaged_asker_asks_nothing_and_a_damaged_adapter_teaches_nothing(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf")[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(written=4), train=TRAIN) as learner:
+        learner.observe(rows(4))
+        learner.adapt(gate="report")
         first = learner.generations.current()
-        adapter = str(first.folder / "adapter.gguf")
+        adapter, asker = (str(first.folder / name) for name in ("adapter.gguf", "asker.gguf"))
 
         def writers() -> list[tuple[str | None, str | None]]:
             writers = Writers(learner.store, learner.generations, learner.settings.base, {}, at_most=8)
             return [(writer["adapter"], writer["asker"]) for writer in writers.request(first, [])["writers"]]
 
+        assert writers() == [(None, None), (adapter, asker)]
+        flip_last_bit(Path(asker))
         assert writers() == [(None, None), (adapter, adapter)]
         flip_last_bit(Path(adapter))
         assert writers() == [(None, None)]

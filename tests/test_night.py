@@ -171,6 +171,22 @@ def test_a_night_has_about_each_row_of_earlier_ones_written_once_and_few_beside_
     assert n_written(n_new, n_learned) == n
 
 
+def test_a_night_of_chats_that_begin_with_a_system_turn_has_no_asker_and_its_generation_asks(
+    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "anne"}]
+    chat = [*messages, {"role": "assistant", "content": "left"}]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(written=10), train=TRAIN) as learner:
+        learner.observe([json.dumps({"messages": chat})])
+        assert learner.adapt(gate="report").accepted
+        folder = learner.generations.current().folder
+        adapt(learner, NIGHTS[0])
+    assert not (folder / "asker.gguf").exists()
+    adapter = str(folder / "adapter.gguf")
+    assert [(w["asker"], w["n"]) for w in requests[1][0]["writers"] if w["adapter"] == adapter] == [(adapter, 9)]
+
+
 def test_where_nothing_is_written_there_is_no_asker(tmp_path: Path) -> None:
     base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
     for written in (0, 4):
