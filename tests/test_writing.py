@@ -79,6 +79,7 @@ def test_seed_decides(talker):
 def test_questions_are_drawn_evenly_from_the_models_distribution(tmp_path):
     with open_engine(write_talker(tmp_path / "brief.gguf", 1, 8)) as engine:
         rows = write_rows(engine, BEFORE, AFTER, 300, seed=3)
+        assert len({id(row) for row in rows}) == len({tuple(row.asked) for row in rows}) < len(rows) == 300, "answered once"
         firsts = Counter(row.asked[0] for row in rows)
         shares = likely_enough(softmax(engine.logits(BEFORE)[-1]))
         shares[END] = 0  # an empty question is given up, and another takes its place

@@ -77,6 +77,8 @@ def write_rows(
 ) -> list[Written]:
     """Return at most n rows that the engine's model writes: fewer where they are long, or what it asks comes to no end.
 
+    What is asked more than once is answered once, and is in the list as often as it was asked.
+
     Args:
         before, after: the template's ids around what a user says in a first turn; the first of `after` ends the turn.
         seed: decides what is asked; the same seed, model and thread count write the same rows.
@@ -113,8 +115,12 @@ def write_rows(
     begun = map(Written, itertools.islice(_beginnings(near, rng), 2 * n))
     asked, n_tokens = through.take(begun, [], n, int(ASKING * TOKENS_A_ROW * n), ask, lambda done: progress(done // 2, n))
     then()
-    n_left = TOKENS_A_ROW * n - n_tokens
-    return through.take(iter(asked), after, n, n_left, answer, lambda done: progress((len(asked) + done) // 2, n))[0]
+    questions, n_left = {tuple(row.asked): row for row in asked}, TOKENS_A_ROW * n - n_tokens
+    rows, _ = through.take(
+        iter(questions.values()), after, n, n_left, answer, lambda done: progress((len(asked) + done) // 2, n)
+    )
+    answered = {tuple(row.asked): row for row in rows}
+    return [answered[question] for row in asked if (question := tuple(row.asked)) in answered]
 
 
 def _beginnings(near: Sequence[Sequence[int]], rng: np.random.Generator) -> Iterator[list[int]]:
