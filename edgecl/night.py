@@ -34,7 +34,7 @@ from .profile import Profile, Settings
 from .replay import choose, quota
 from .rows import Stored
 from .store import Store
-from .writers import Writers, copy_type
+from .writers import Writers, base_copy
 
 BASE_COPY = ".base.tmp"  # named as what is cleared where drafts are
 Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
@@ -195,7 +195,7 @@ class Night:
         writers = Writers(self.store, self.generations, self.settings.base, self.meter.engine, self.settings.replay.written)
         request = writers.request(yesterday, new)
         with GgufFile(self.settings.base) as base:
-            qtype = copy_type(base, self.limits.ram_bytes)
+            qtype, _ = base_copy(base, self.limits.ram_bytes)
         request["copy"] = [str(self._runs / BASE_COPY), qtype] if qtype else None
         found = self._written(request, yesterday) if request["writers"] else {"written": [], "reworded": []}
         self.report.n_written, self.report.n_reworded = len(found["written"]), sum(map(len, found["reworded"]))

@@ -23,7 +23,7 @@ from .learner import Learner
 from .night import AdaptReport
 from .profile import Settings
 from .tries import clear_try, last_try, note_try
-from .writers import copy_type
+from .writers import base_copy
 
 EVERY_S = 3.0  # the machine is looked at this often while a night runs
 BYTES_A_WEIGHT = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
@@ -80,11 +80,11 @@ def needed_bytes(settings: Settings, ram_bytes: int) -> int:
     with translated(), GgufFile(settings.base) as base:
         qtype = resolve_quant(settings.quant, base, learned=True)
         n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
-        copy = copy_type(base, ram_bytes)
+        _, copy = base_copy(base, ram_bytes)
         projections = [info.shape for name, info in base.tensors.items() if PROJECTIONS.keys() & set(name.split("."))]
     merged = max(Path(settings.base).stat().st_size, round(n_weights * BYTES_A_WEIGHT.get(qtype, Q8_0_BYTES)))
     adapters = ADAPTERS * 4 * settings.train.r * sum(sum(shape) for shape in projections)
-    return max(merged + adapters, round(n_weights * BYTES_A_WEIGHT.get(copy, Q8_0_BYTES)) if copy else 0)
+    return max(merged + adapters, copy)
 
 
 class _Contract:

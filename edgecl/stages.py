@@ -100,7 +100,7 @@ def load_stage(request: Request, report: Report) -> Request:
 def write_stage(request: Request, report: Report) -> Request:
     """Have models write rows to rehearse, what they might be asked and what they answer, and new questions in other words.
 
-    Where `copy` names a file and a type, the base runs from that (see `writers.copy_type`).
+    Where `copy` names a file and a type, the base runs from that (see `writers.base_copy`).
     """
     from .engine import Engine, reword, write_rows
 

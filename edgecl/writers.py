@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecl_convert import GgufFile
-from edgecl_convert.ggml import FLOAT_TYPES, QType
+from edgecl_convert.ggml import FLOAT_TYPES, QType, bits_per_weight
 
 from .device import bf16_is_fast
 from .errors import GenerationError
@@ -36,8 +36,8 @@ FOR_MANY_ROWS = (QType.Q4_0, QType.Q8_0, *FLOAT_TYPES)  # what llama.cpp compute
 COPY_IN_MEMORY = 1 / 2  # of ram_bytes, at most, is the copy that writers run from
 
 
-def copy_type(base: GgufFile, ram_bytes: int) -> str | None:
-    """Return the type of the copy of a base that writers run from; None: from the base itself.
+def base_copy(base: GgufFile, ram_bytes: int) -> tuple[str, int]:
+    """Return type and bytes of the copy of a base that writers run from; "" and 0: from the base itself.
 
     For some block types, such as Q4_1, llama.cpp has no kernels for many rows at once. A copy in bfloat16, where the CPU
     multiplies it in hardware, is what training computes with; one in INT8 is rounded from that by less than what is served.
@@ -46,9 +46,10 @@ def copy_type(base: GgufFile, ram_bytes: int) -> str | None:
     for info in base.tensors.values():
         n_weights[info.qtype] += math.prod(info.shape)
     if n_weights.most_common(1)[0][0] in FOR_MANY_ROWS:
-        return None
-    sizes = {"BF16": 2.0, "Q8_0": 34 / 32} if bf16_is_fast() else {"Q8_0": 34 / 32}
-    return next((qtype for qtype, size in sizes.items() if size * n_weights.total() <= COPY_IN_MEMORY * ram_bytes), None)
+        return "", 0
+    types = (QType.BF16, QType.Q8_0) if bf16_is_fast() else (QType.Q8_0,)
+    sizes = [(qtype.name, round(n_weights.total() * bits_per_weight(qtype) / 8)) for qtype in types]
+    return next(((name, size) for name, size in sizes if size <= COPY_IN_MEMORY * ram_bytes), ("", 0))
 
 
 def n_written(n_new: int, n_learned: int) -> int:

@@ -21,7 +21,7 @@ from edgecl.gate import GateSettings
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stages import asked_ids, asking_row, chat_format, question_of, train_row
-from edgecl.writers import SMALL, copy_type, n_written
+from edgecl.writers import SMALL, base_copy, n_written
 from edgecl_convert import GgufFile, merge
 from tests import tiny
 
@@ -149,17 +149,17 @@ def test_an_asker_learns_what_a_chat_begins_with_and_no_more() -> None:
     [
         ("Q4_1", True, 10**9, "BF16"),
         ("Q4_1", False, 10**9, "Q8_0"),
-        ("Q4_1", True, 10**5, None),
-        ("Q4_0", True, 10**9, None),
+        ("Q4_1", True, 10**5, ""),
+        ("Q4_0", True, 10**9, ""),
     ],
 )
 def test_writers_run_from_a_copy_where_it_is_faster_and_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, is_fast: bool, ram_bytes: int, qtype: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, is_fast: bool, ram_bytes: int, qtype: str
 ) -> None:
     monkeypatch.setattr("edgecl.writers.bf16_is_fast", lambda: is_fast)
     base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType[stored], width=128)[0]
     with GgufFile(base) as file:
-        assert copy_type(file, ram_bytes) == qtype
+        assert base_copy(file, ram_bytes)[0] == qtype
 
 
 @pytest.mark.parametrize(
