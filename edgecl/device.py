@@ -82,11 +82,6 @@ def memory_bytes(root: Path = Path("/")) -> int | None:
     return _meminfo(root, "MemTotal")
 
 
-def bf16_is_fast(root: Path = Path("/")) -> bool:
-    """Return whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Armv8.6 BF16)."""
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_text(root / "proc/cpuinfo").split()))
-
-
 def propose_profile(root: Path = Path("/")) -> tuple[str, str]:
     """Return the shipped profile that suits this machine, and in words what the machine is."""
     model = _text(root / "proc/device-tree/model").strip("\0")

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from edgecl_convert import GgufFile
-from edgecl_convert.ggml import FLOAT_TYPES, QType, bits_per_weight
+from edgecl_convert.ggml import FLOAT_TYPES, QType, bf16_is_fast, bits_per_weight
 
-from .device import bf16_is_fast
 from .errors import GenerationError
 from .generations import Generation, Generations, check_files
 from .measure import record_of

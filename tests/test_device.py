@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edgecl.device import Readings, Sensors, bf16_is_fast, propose_profile, why_not_now
+from edgecl.device import Readings, Sensors, propose_profile, why_not_now
 from edgecl.profile import Profile, load_profile
 
 NOON = datetime(2026, 3, 1, 12, 0)
@@ -86,15 +86,6 @@ def test_memory_and_disk_are_in_bytes_and_what_cannot_be_read_is_unknown(tmp_pat
     readings = Sensors(tmp_path).read(tmp_path)
     assert readings.available_bytes == 3_072_000
     assert readings.free_bytes is not None and readings.free_bytes > 0
-
-
-def test_bfloat16_is_fast_where_the_processor_says_that_it_multiplies_it(tmp_path: Path) -> None:
-    assert not bf16_is_fast(tmp_path), "nothing is known"
-    put_file(tmp_path, "proc/cpuinfo", "flags : avx512f avx512_bf16x\n")
-    assert not bf16_is_fast(tmp_path)
-    for line in ("flags\t\t: fpu avx512_bf16 sse2\n", "Features\t: fp asimd bf16\n", "flags\t\t: amx_bf16\n"):
-        put_file(tmp_path, "proc/cpuinfo", line)
-        assert bf16_is_fast(tmp_path)
 
 
 def test_this_machine_can_be_read(tmp_path: Path) -> None:

@@ -259,3 +259,13 @@ def test_a_minimum_far_above_the_step_is_the_exception_of_q4_1() -> None:
     again = quantize(decoded, QType.Q4_1)
     assert again.tobytes() != block.tobytes()
     assert np.abs(dequantize(again, QType.Q4_1, 32) - decoded).max() <= 2 * np.spacing(np.float32(minimum))
+
+
+def test_bfloat16_is_fast_where_the_processor_says_that_it_multiplies_it(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not ggml.bf16_is_fast(cpuinfo), "nothing is known"
+    cpuinfo.write_text("flags : avx512f avx512_bf16x\n")
+    assert not ggml.bf16_is_fast(cpuinfo)
+    for line in ("flags\t\t: fpu avx512_bf16 sse2\n", "Features\t: fp asimd bf16\n", "flags\t\t: amx_bf16\n"):
+        cpuinfo.write_text(line)
+        assert ggml.bf16_is_fast(cpuinfo)

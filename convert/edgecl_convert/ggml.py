@@ -114,6 +114,15 @@ def bits_per_weight(qtype: QType) -> float:
     return float(8 * size / weights)
 
 
+def bf16_is_fast(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Armv8.6 BF16)."""
+    try:
+        words = cpuinfo.read_text("ascii", "replace").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+
+
 def default_threads() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from edgecl_convert import GgufFile, UnsupportedError
-from edgecl_convert.ggml import dequantize, dequantize_into
+from edgecl_convert.ggml import bf16_is_fast, dequantize, dequantize_into
 from edgecl_convert.names import from_gguf_rows, head_counts, n_heads_permuted
 
-from ..device import bf16_is_fast
 from .shape import GROUPS, Shape
 
 HEAD_PART = 1 << 22  # weights of the head that are multiplied at once
