@@ -159,7 +159,11 @@ def test_writers_run_from_a_copy_where_it_is_faster_and_fits(
     monkeypatch.setattr("edgecl.writers.bf16_is_fast", lambda: is_fast)
     base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType[stored], width=128)[0]
     with GgufFile(base) as file:
-        assert base_copy(file, ram_bytes)[0] == qtype
+        found, n_bytes = base_copy(file, ram_bytes)
+        merge(file, None, tmp_path / "copy.gguf", qtype or "keep")
+    with GgufFile(tmp_path / "copy.gguf") as file:
+        written = sum(info.n_bytes for info in file.tensors.values())
+    assert found == qtype and n_bytes == pytest.approx(written if qtype else 0, rel=0.05)
 
 
 @pytest.mark.parametrize(
