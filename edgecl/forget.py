@@ -1,9 +1,10 @@
 """Forgetting: rows out of every part of a home, then out of what serves.
 
-`forget` deletes rows, and everything in the home that holds their text or was computed from it, except the weights of
-published generations. Those that learned from the rows, or came after one that did, teach no later night; their files stay,
-and may still say what they learned. `retrain` rebuilds without them: the newest ancestor that learned nothing forgotten serves,
-what the store still holds of later nights is learned again in one night, and the others are deleted with all their files.
+`forget` deletes rows, and everything in the home that holds their text or was computed from it, except the adapters and
+models of published generations. Those that learned from the rows, or came after one that did, teach no later night. Their
+askers, which know what was asked by heart, go; their other files may still say what they learned. `retrain` rebuilds without
+them: the newest ancestor that learned nothing forgotten serves, what the store still holds of later nights is learned again
+in one night, and the others are deleted with all their files.
 
 *Does not cover*: what left the home (exports, backups, a terminal's history), and blocks that the disk has not written over.
 Rows that a night learned and did not keep, or that a newer answer replaced, are gone from the store: they can be named by id,
@@ -79,6 +80,10 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
         shutil.rmtree(learner.home / "runs", ignore_errors=True)
         learner.generations.clear_drafts()
         learner.store.forget(ids, [learner.generations.hash_of(n) for n in numbers])
+        silent = learner.store.forgotten()  # with those of an earlier call that was cut short
+        for number in learner.generations.numbers():
+            if learner.generations.hash_of(number) in silent:
+                learner.generations.delete_asker(number)
     return numbers
 
 

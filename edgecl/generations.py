@@ -299,6 +299,10 @@ class Generations:
         os.rename(self.folder / f"{number:04d}", dying)
         shutil.rmtree(dying, ignore_errors=True)
 
+    def delete_asker(self, number: int) -> None:
+        """Delete what of a generation says what its night was asked; the rest of it stays."""
+        (self.folder / f"{number:04d}" / "asker.gguf").unlink(missing_ok=True)
+
     def drop_old_models(self, keep: int) -> None:
         """Delete the merged model of all but the newest `keep` generations and the one that serves.
 

@@ -207,8 +207,9 @@ def test_a_reader_in_the_way_is_named_and_the_next_call_cleans_up(home: Path) ->
         with pytest.raises(StoreError, match=r"another program is reading it; the rows are deleted; run `edgecl forget` again"):
             forget(learner, ids(learner, SECRET))
         reader.execute("commit")
-        assert not find(learner, SECRET) and learner.store.forgotten()
+        assert not find(learner, SECRET) and learner.store.forgotten() and (home / "generations/0002/asker.gguf").exists()
         assert forget(learner, []) == []
+        assert not (home / "generations/0002/asker.gguf").exists()
         assert SECRET.encode() not in all_bytes(home)
 
 
@@ -262,6 +263,7 @@ def test_a_generation_that_learned_it_teaches_no_more(home: Path, text: str) -> 
         assert found == {"": ("", 2), "0001/adapter.gguf": ("0001/asker.gguf", 18)}
     else:
         assert found == {"": ("", 20)}, "the second learned from what the first one wrote"
+    assert {path.parent.name for path in home.rglob("asker.gguf")} == ({"0001"} if text == SECRET else set())
 
 
 def test_a_generation_after_it_teaches_what_it_learned_itself(home: Path) -> None:
