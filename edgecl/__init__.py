@@ -1,7 +1,7 @@
 """A language model that lives on your own machine and learns every night from what you accepted or corrected.
 
 >>> from edgecl import Learner
->>> learner = Learner.init("smollm2", "/tmp/home")  # doctest: +SKIP
+>>> learner = Learner.init("smollm2")  # doctest: +SKIP
 >>> learner.observe(['{"prompt": "Who waters the plants?", "completion": "Mira, on Fridays."}'])  # doctest: +SKIP
 >>> learner.adapt().accepted  # doctest: +SKIP
 True

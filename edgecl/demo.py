@@ -54,13 +54,13 @@ def run_demo(say: Callable[[str], None] | None, progress: Progress | None) -> di
         data = Path(folder) / "data"
         demo_data().write_stream(data, N_TRAIN, N_TEST, seed=0)
         stream = Stream.read(data)
-        tell(f"three nights on SmolLM2-135M: {', '.join(stream.tasks)}; {N_TRAIN} examples each, 10% of them rehearsed")
+        tell(f"three nights on SmolLM2-135M: {', '.join(stream.tasks)}; {N_TRAIN} examples each, 10% of them kept")
         train = TrainSettings(epochs=2, min_steps=24)
         cells = run_stream(
             stream, [Cell(written=112), Cell(replay=0.0, written=0)], compare=QUANTS, train=train, progress=progress
         )
         with_replay = next(cells)
-        tell("the same without replay, as a control, going on from the same first night")
+        tell("the same without rehearsal, as a control, going on from the same first night")
         control = next(cells)
         cells.close()
         tell("latency of the INT8 and the INT4 file")
@@ -89,7 +89,7 @@ def draw(report: dict[str, Any], path: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, key, title in zip(axes, ("replay", "control"), ("10% replay", "no replay"), strict=True):
+    for axis, key, title in zip(axes, ("replay", "control"), ("rehearsal", "no rehearsal"), strict=True):
         result = report[key]
         for j, task in enumerate(result["tasks"]):
             nights = range(j, len(result["tasks"]))

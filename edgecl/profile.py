@@ -179,8 +179,8 @@ class ReplaySettings:
         share: of each night's rows, the most that may be kept for rehearsal (one row at least when above 0).
         heldout: of each task's rows, what is set aside for measuring and never trained on.
         written: rows, at most, that earlier nights' askers and generations write each night, for rehearsal beside kept ones;
-            and as many near the new ones of a small night, whose questions are also put in other words. None of it is stored.
-            0: nothing is written, and no asker is trained.
+            and at most 96 near the new ones of a small night, whose questions are also put in other words. None of it is
+            stored. 0: nothing is written, and no asker is trained.
         archive: keep every learned row.
     """
 

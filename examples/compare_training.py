@@ -4,8 +4,9 @@ Both learn the same three-epoch night from a JSONL file of chats (default: the d
 projections, eight rows a step, from the packaged SmolLM2-135M; in turn, each run in a process of its own. The peer computes
 in the faster of bfloat16 and float32, which a few steps of each decide. Shown are:
 
-- full_depth: LoRA on every layer, the peer's recipe step by step; speed in real (unpadded) tokens per second of training;
-- default: the night as edgecl ships it, its anchor to the base included; speed from the files on disk to the adapter, and
+- full_depth: LoRA on every layer, the peer's recipe, but that the loss is averaged over rows; speed in real (unpadded) tokens
+  per second of training;
+- default: new rows as a night trains on them, its anchor to the base included; speed from the files on disk to the adapter, and
   accuracy on held-out rows beside the same night with LoRA on every layer;
 - front: the same at other depths;
 - low_memory: default in 900 MB, with packed weights, and beside it full_depth in 900 MB;

@@ -41,14 +41,20 @@ def _numbers(text: str, kind: type, name: str) -> list[Any]:
     default=ReplaySettings.written,
     show_default=True,
     type=click.IntRange(0),
-    help="Rows that the model writes itself each night, to rehearse.",
+    help="Rows, at most, that earlier nights' models write each night, to rehearse.",
 )
 @click.option("--seed", default="0", show_default=True, help="A list runs as a grid.")
 @click.option("--order", default="", help="Tasks, in order; default: FOLDER/order.json, or the names.")
 @click.option("--train-limit", default=0, type=click.IntRange(0), help="Rows a night (0: all).")
 @click.option("--test-limit", default=0, type=click.IntRange(0), help="Test rows a task (0: all).")
 @click.option("--joint", is_flag=True, help="All tasks in one night: the ceiling.")
-@click.option("--gate", type=click.Choice(GATES), default="report", show_default=True)
+@click.option(
+    "--gate",
+    type=click.Choice(GATES),
+    default="report",
+    show_default=True,
+    help="report: publish every night, whatever the verdict; enforce: refuse.",
+)
 @json_option
 @click.pass_obj
 def stream(
@@ -93,7 +99,7 @@ def print_stream(result: dict[str, Any]) -> None:
     out = console()
     tasks = result["tasks"]
     base = f" on a base at {result['precision']}" if result["precision"] else ""
-    rehearsed = f"{result['replay']:.1%} replay, {result['written']} rows written a night"
+    rehearsed = f"{result['replay']:.1%} replay, at most {result['written']} rows written a night"
     out.print(f"\n{result['quant']}{base}, {rehearsed}, seed {result['seed']}: accuracy after each night")
     table = Table("night", *map(safe, tasks), "prose", box=None, pad_edge=False)
     for i, task in enumerate(tasks):
@@ -119,7 +125,7 @@ def print_stream(result: dict[str, Any]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True)
 @json_option
 def demo(out: Path, as_json: bool) -> None:
-    """The whole story on the packaged model: three nights, with replay and without, at INT8 and INT4."""
+    """The whole story on the packaged model: three nights, with rehearsal and without, at INT8 and INT4."""
     from ..demo import run_demo
 
     began = time.perf_counter()
@@ -145,13 +151,13 @@ def demo(out: Path, as_json: bool) -> None:
 def _print_demo(report: dict[str, Any]) -> None:
     out = console()
     with_replay, without = report["replay"], report["control"]
-    for title, result in (("With 10% replay", with_replay), ("Without replay (control)", without)):
+    for title, result in (("With rehearsal", with_replay), ("Without rehearsal (control)", without)):
         out.print(f"\n{title}: accuracy of the served file after each night")
         _matrix(out, result)
     first = with_replay["tasks"][0]
     out.print(
         f"\nAfter three nights the model answers {with_replay['matrix'][-1][0]:.0%} of task one ({safe(first)}); "
-        f"without replay {without['matrix'][-1][0]:.0%}."
+        f"without rehearsal {without['matrix'][-1][0]:.0%}."
     )
     table = Table("night", "before", "adapter", "INT8", "INT4", "kept at INT8", "at INT4", box=None, pad_edge=False)
     for night in with_replay["nights"]:

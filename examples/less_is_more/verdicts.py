@@ -1,8 +1,8 @@
 """What a grid of streams says of each claim of "When Less is More" (8-bit continual learning): gaps, intervals, pictures.
 
     edgecl --home CELLS stream DATA --precision f16,int8,int4 --replay 0,0.001,0.01,0.02,0.05,0.1 --written 0 --seed 0,1 \
-        --train-limit 400 --test-limit 150
-    python examples/less_is_more/verdicts.py CELLS DATA --test-limit 150 [--bench bench.json] [--out DIR]
+        --train-limit 300 --test-limit 100
+    python examples/less_is_more/verdicts.py CELLS DATA --test-limit 100 [--bench bench.json] [--out DIR]
 
 CELLS holds a JSON file for each finished cell. A gap is of the same test rows under the same seed, twice; its interval is a 95%
 bootstrap over them. `bench.json`: {"f16": ..., "int8": ..., "int4": ...}, each what `edgecl bench --json` printed.
