@@ -19,7 +19,7 @@ from .data import DEFAULT_TASK, Example, check_task, parse_example
 from .errors import DataError, EdgeclError, GenerationError, translated
 from .learner import Learner
 from .rows import ObserveReport, Stored
-from .stages import chat_format
+from .template import chat_format
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -1,8 +1,4 @@
-"""Examples: from JSONL lines of several dialects to token ids and a loss mask.
-
-The served chat template is the training template: it is read from the GGUF file and rendered here, and the ids come from
-the model's own vocabulary in llama.cpp, handed in as a function. The end-of-turn token of an answer is supervised; whatever
-the template puts after it is not.
+"""Examples: from JSONL lines of several dialects, and how answers are judged.
 
 Dialects, told apart by their keys: `messages` (role/content), `prompt` + `completion` or `response`, alpaca (`instruction`,
 `input`, `output`), sharegpt (`conversations` with from/value). Optional in all: `task`, `source`, `final`, and for answers
@@ -18,10 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-
-import jinja2.sandbox
 
 from .errors import DataError
 
@@ -238,140 +231,9 @@ def is_correct(example: Example, answer: str) -> bool:
     return float(numbers[-1].replace(",", "")) == float(wanted[-1].replace(",", ""))
 
 
-# --- templates and tokens ---------------------------------------------------------------------------------------------
-
-
 def common_length(rows: Sequence[list[int]]) -> int:
     """Return how many ids all rows begin with alike; 0 of none."""
     if not rows:
         return 0
     low, high = min(rows), max(rows)  # what these two share, all that lie between them share
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of a chat, and which of them are answers.
-
-    Attributes:
-        ids: the whole chat, cut after its last end-of-turn token.
-        supervised: for each id, whether it is part of an answer.
-        asked: where the first thing that the user says begins and ends, with the token that ends the turn; (0, 0) where the
-            chat begins with a system turn of its own.
-    """
-
-    ids: list[int]
-    supervised: list[bool]
-    asked: tuple[int, int] = (0, 0)
-
-
-class ChatFormat:
-    """How a base turns messages into token ids: its own template and vocabulary."""
-
-    def __init__(
-        self,
-        template: str,
-        encode: Callable[[str], list[int]],
-        is_end: Callable[[int], bool],
-        *,
-        bos: int | None = None,
-        bos_token: str = "",
-        eos_token: str = "",
-    ) -> None:
-        """Compile a chat template (Jinja, sandboxed: it comes out of a downloaded file).
-
-        Args:
-            encode: text to token ids, special tokens recognized, none added.
-            is_end: whether a token id ends a turn.
-            bos: token id that every prompt starts with; not doubled where the template writes it itself.
-
-        Raises:
-            DataError: the template is not valid.
-        """
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise
-        try:
-            self._template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the base's chat template is not valid: {error}") from None
-        self._encode, self._is_end = encode, is_end
-        self._bos, self._names = bos, {"bos_token": bos_token, "eos_token": eos_token}
-
-    def render(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
-        """Return a chat as the template writes it.
-
-        Raises:
-            DataError: the template refuses it.
-        """
-        turns = [{"role": role, "content": content} for role, content in messages]
-        try:
-            return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **self._names)
-        except Exception as error:  # a template is a program: it may divide by zero, or recurse
-            raise DataError(f"the base's chat template refuses this chat: {error}") from None
-
-    def _ids(self, text: str) -> list[int]:
-        ids = self._encode(text)
-        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
-
-    @cached_property
-    def around_question(self) -> tuple[list[int], list[int]]:
-        """The template's ids before and after what the user says in a chat of one question."""
-        one, other = (self.prompt([("user", text)]) for text in ("One", "Two other words"))
-        n_before = common_length([one, other])
-        n_after = common_length([one[n_before:][::-1], other[n_before:][::-1]])
-        return one[:n_before], one[len(one) - n_after :]
-
-    def prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Return the ids of a chat up to where the assistant begins to answer."""
-        return self._ids(self.render(messages, add_generation_prompt=True))
-
-    def answer(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Return the ids of the last turn, up to its end-of-turn token, and of what the template puts after it.
-
-        Raises:
-            DataError: the template does not show the answer after its own generation prompt, or the answer has no token.
-        """
-        before = self.render(messages[:-1], add_generation_prompt=True)
-        whole = self.render(messages, add_generation_prompt=False)
-        if not whole.startswith(before):
-            raise DataError("the base's chat template does not put the answer after its generation prompt")
-        ids = self._encode(whole[len(before) :])
-        end = next((i for i, token in enumerate(ids) if self._is_end(token)), len(ids) - 1)
-        if not any(not self._is_end(token) for token in ids[: end + 1]):
-            raise DataError("the answer has no token")
-        return ids[: end + 1], ids[end + 1 :]
-
-    def row(self, example: Example) -> tuple[list[int], list[int]]:
-        """Return the ids of the prompt and of the wanted answer: what is scored."""
-        return self.prompt(example.messages[:-1]), self.answer(example.messages)[0]
-
-    def encode(self, example: Example) -> Encoded:
-        """Return the ids of a chat with its assistant turns supervised, or the last one alone: what is trained on."""
-        ids: list[int] = []
-        supervised: list[bool] = []
-        for i, (role, _) in enumerate(example.messages):
-            if role != "assistant":
-                continue
-            prompt = self.prompt(example.messages[:i])
-            if prompt[: len(ids)] != ids:  # the template rewrites earlier turns: keep the last answer only
-                ids, supervised = [], []
-            supervised += [False] * (len(prompt) - len(ids))
-            wanted, after = self.answer(example.messages[: i + 1])
-            ids = prompt + wanted + after
-            is_learned = not example.last_only or i == len(example.messages) - 1
-            supervised += [is_learned] * len(wanted) + [False] * len(after)
-        last = len(supervised) - supervised[::-1].index(True)
-        return Encoded(ids[:last], supervised[:last], self._asked(ids[:last]))
-
-    def _asked(self, ids: list[int]) -> tuple[int, int]:
-        before, after = self.around_question
-        n = len(before)
-        if not n or not after or ids[:n] != before or after[0] not in ids[n:]:
-            return 0, 0
-        return n, ids.index(after[0], n) + 1
-
-
-def _raise(message: str) -> None:
-    raise DataError(message)

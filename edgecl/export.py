@@ -148,7 +148,7 @@ def base_name(base: GgufFile) -> str:
 
 def _modelfile(draft: Path) -> list[str]:
     from .engine import VocabFile
-    from .stages import chat_format
+    from .template import chat_format
 
     with GgufFile(draft / MODEL) as gguf, VocabFile(gguf.path) as vocab:
         bos = gguf.get("tokenizer.ggml.tokens")[vocab.bos] if vocab.bos is not None else ""

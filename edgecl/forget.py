@@ -143,7 +143,7 @@ def retrain(learner: Learner, progress: Progress | None = None) -> Rebuild:
         with contextlib.suppress(NothingToLearn):
             rebuild.night = learner.adapt(progress=progress)
     finally:  # after the night: its number is then a new one
-        for number in rebuild.deleted:
+        for number in reversed(rebuild.deleted):  # a call that goes on finds the later ones by the earlier
             learner.generations.delete(number)
     return rebuild
 

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from .rebuild import restore
 from .redact import redact
 from .rows import ObserveReport
 from .store import Store
+from .template import chat_format, template_of
 from .tries import last_try
 from .turns import Turns
 
@@ -176,7 +176,14 @@ class Learner:
             StoreError: the database failed; nothing was stored.
         """
         counts: Counter[str] = Counter()
-        good, bad = parse_lines(examples, task, source, partial(self.redacted, counts=counts))
+        template = template_of(self.settings.base)
+
+        def clean(example: Example) -> Example:
+            if template:
+                template.check(example)
+            return self.redacted(example, counts)
+
+        good, bad = parse_lines(examples, task, source, clean)
         added = self.store.add(good, self.settings.replay.heldout, replace)
         return ObserveReport(**asdict(added), bad=bad, redacted=dict(counts))
 
@@ -194,8 +201,6 @@ class Learner:
         Raises:
             EdgeclError: the model cannot be loaded, or the prompt does not fit.
         """
-        from .stages import chat_format
-
         messages = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
         with self.turn() as engine:
             with translated(), GgufFile(self.settings.base) as base:

@@ -34,10 +34,20 @@ from .profile import Profile, Settings
 from .replay import choose, quota
 from .rows import Stored
 from .store import Store
-from .writers import Writers, base_copy
+from .writers import SMALL, Writers, base_copy
 
+WRITING = 0.25  # of a night's minutes, at most, are for what models write; training has 0.6, whatever is left the rest
 BASE_COPY = ".base.tmp"  # named as what is cleared where drafts are
-Plan = dict[str, tuple[str, list[Example]]]  # by task: what kind of rows it is measured on, and the rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a task that a night is measured on; kind and learning as in `TaskResult`."""
+
+    task: str
+    kind: str
+    learning: bool
+    rows: list[Example]
 
 
 @dataclass
@@ -116,10 +126,10 @@ class Night:
             EdgeclError: a stage failed; what served before serves still, and no row left `pending`.
         """
         yesterday = self.generations.current()
-        replay = self.store.rows("replay")
-        learning = {row.example.task for row in new}
-        plan = self._plan(new, replay)
-        rows = [row for _, part in plan.values() for row in part]
+        known = {night.number for night in self.generations.lineage(yesterday)}
+        replay = [row for row in self.store.rows("replay") if row.generation in known]  # of what was rolled back, nothing
+        parts = measured_on(new, self.store.rows("heldout"), replay)
+        rows = [row for part in parts for row in part.rows]
         report = self.report
         report.n_new, report.n_replay = len(new), len(replay)
         draft = self.generations.draft()
@@ -127,11 +137,11 @@ class Night:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
             self._train(draft, yesterday, new, replay, self._write(yesterday, new))
-            learned = _learned_rows(plan, new)
+            learned = [row for part in parts if part.learning for row in part.rows]
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
-            swaps = {task: swapped(part) for task, (kind, part) in plan.items() if kind == "heldout" and task in learning}
-            others = [other for pairs in swaps.values() for _, other in pairs]
+            swaps = [swapped(part.rows) if part.learning and part.kind == "heldout" else [] for part in parts]
+            others = [other for pairs in swaps for _, other in pairs]
             after, report.prose["after"] = self.meter.measure(tonight, [*rows, *others])
             report.prose["kld"] = after[KLD].loss_nats
         except EdgeclError as error:
@@ -147,10 +157,12 @@ class Night:
         finally:
             report.eval_s = self.meter.eval_s
             report.peak_rss_bytes = max(report.peak_rss_bytes, self.meter.peak_rss_bytes)
-        for task, (kind, part) in plan.items():
-            pair = [[(s.correct, s.loss_nats) for s in (scores[row.hash] for row in part)] for scores in (before, after)]
-            swap = [(after[own.hash].loss_nats, after[other.hash].loss_nats) for own, other in swaps.get(task, ())]
-            report.results.append(TaskResult.paired(task, kind, task in learning, pair[0], pair[1], swap))
+        for part, pairs in zip(parts, swaps, strict=True):
+            then, since = (
+                [(s.correct, s.loss_nats) for s in (scores[row.hash] for row in part.rows)] for scores in (before, after)
+            )
+            swap = [(after[own.hash].loss_nats, after[other.hash].loss_nats) for own, other in pairs]
+            report.results.append(TaskResult.paired(part.task, part.kind, part.learning, then, since, swap))
         verdict = judge(report.results, report.prose["base"], report.prose["after"], self.settings.gate)
         report.verdict = "; ".join(verdict.reasons) or "nothing got worse"
         if not verdict.accepted and self.gate == "enforce":
@@ -178,18 +190,6 @@ class Night:
         for name in ("written.json", "checkpoint.safetensors", "asker.safetensors", "asker.db"):
             (self._runs / name).unlink(missing_ok=True)
 
-    def _plan(self, new: list[Stored], replay: list[Stored]) -> Plan:
-        """Return what each task is measured on: its held-out rows, else tonight's own, else those it rehearses."""
-        plan: Plan = {}
-        tonight = {row.id for row in new}  # what is observed meanwhile may have one of them held out
-        heldout = [row for row in self.store.rows("heldout") if row.id not in tonight]
-        for kind, rows in (("heldout", heldout), ("learned", new), ("replay", replay)):
-            by_task: dict[str, list[Example]] = {}
-            for row in rows:
-                by_task.setdefault(row.example.task, []).append(row.example)
-            plan |= {task: (kind, examples) for task, examples in by_task.items() if task not in plan}
-        return plan
-
     def _write(self, yesterday: Generation, new: list[Stored]) -> dict[str, Any]:
         """Return what the models of earlier nights write: `written` rows to rehearse, and each new row's other wordings."""
         writers = Writers(self.store, self.generations, self.settings.base, self.meter.engine, self.settings.replay.written)
@@ -214,7 +214,8 @@ class Night:
                 return dict(kept)
         began, report = time.perf_counter(), self.report
         try:
-            result, peak = run_stage("write", request, self.limits, self.progress)
+            timed = request | {"seconds": 60 * WRITING * self.minutes}
+            result, peak = run_stage("write", timed, self.limits, self.progress)
         finally:
             (self._runs / BASE_COPY).unlink(missing_ok=True)
         report.write_s, report.peak_rss_bytes = time.perf_counter() - began, max(report.peak_rss_bytes, peak)
@@ -290,7 +291,9 @@ class Night:
 
     def _publish(self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored]) -> None:
         report, number = self.report, self.generations.next_number()
-        kept = kept_ids(new, self.settings.replay.share, number)
+        left_out = {new[i].id for i in report.train["left_out"]}
+        learned = [row for row in new if row.id not in left_out]
+        kept = kept_ids(learned, self.settings.replay.share, number)
         report.accepted, report.generation, report.n_kept = True, number, len(kept)
         write_atomic(draft / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
         files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
@@ -302,13 +305,14 @@ class Night:
             created=now(),
             quant=self.settings.quant,
             files={str(path.relative_to(draft)): sha256_file(path) for path in files},
-            learned=[row.id for row in new],
+            learned=[row.id for row in learned],
             kept=kept,
         )
         self.store.claim(manifest.learned, number)
         published = self.generations.publish(draft, manifest)
         self.store.rename_scores(tonight.hash, published.hash)
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
+        self.store.set_aside(left_out)
         self.store.record_night(number, True, report.reason, report.as_dict())
         self.generations.drop_old_models(self.settings.keep_models)
 
@@ -317,6 +321,32 @@ def kept_ids(learned: Sequence[Stored], share: float, number: int) -> list[int]:
     """Return the ids of the rows that stay for rehearsal, of those that night `number` has learned."""
     rows = choose([row.example.answer for row in learned], quota(len(learned), share), seed=number)
     return [learned[i].id for i in rows]
+
+
+def measured_on(new: Sequence[Stored], heldout: Sequence[Stored], replay: Sequence[Stored]) -> list[Part]:
+    """Return what a night is measured on.
+
+    A task of which many rows are learned should get better at held-out ones. A few corrections teach nothing else: they are
+    to be known themselves. What the task had before, its held-out rows or else those it rehearses, must not get worse.
+    """
+    own, held, kept = (_by_task(rows) for rows in (new, heldout, replay))
+    parts = []
+    for task in {**held, **own, **kept}:
+        is_taught = task in held and len(own.get(task, ())) > SMALL
+        if task in own and not is_taught:
+            parts.append(Part(task, "learned", True, own[task]))
+        if task in held:
+            parts.append(Part(task, "heldout", is_taught, held[task]))
+        elif task in kept:
+            parts.append(Part(task, "replay", False, kept[task]))
+    return parts
+
+
+def _by_task(rows: Sequence[Stored]) -> dict[str, list[Example]]:
+    out: dict[str, list[Example]] = {}
+    for row in rows:
+        out.setdefault(row.example.task, []).append(row.example)
+    return out
 
 
 def swapped(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
@@ -333,9 +363,3 @@ def swapped(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
 def _draft(folder: Path, model: Path, adapter: Path | None) -> Generation:
     """Return files of the draft, whose scores are remembered by their adapter: an interrupted night comes to it again."""
     return unpublished(folder, model, adapter, sha256_file(folder / "adapter.gguf")[:16])
-
-
-def _learned_rows(plan: Plan, new: list[Stored]) -> list[Example]:
-    """Return the measuring rows of tonight's tasks: what the night should have improved."""
-    tasks = {row.example.task for row in new}
-    return [row for task, (_, rows) in plan.items() if task in tasks for row in rows]

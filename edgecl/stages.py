@@ -30,10 +30,11 @@ from edgecl_convert import (
     write_peft_adapter,
 )
 
-from .data import ChatFormat, Example, is_correct
+from .data import Example, is_correct
 from .errors import EdgeclError
 from .profile import Profile, TrainSettings
 from .sandbox import code_in, passes
+from .template import ChatFormat, chat_format
 
 if TYPE_CHECKING:
     from .train import Night, TrainReport, TrainRow
@@ -43,6 +44,7 @@ Report = Callable[[int, int, str], None]
 HERE = Path(__file__).resolve().parent
 ANCHOR_TOKENS = 32  # of a piece: as long as a short row
 MAX_ANCHORS = 48  # what the base predicts on each is computed before the first night
+ROWS_A_WORDING = 10  # a new question in other words takes about as long as so many written rows
 ASKING = 0.3  # of the time for training is for the asker
 
 
@@ -58,22 +60,6 @@ def is_right(example: Example, answer: str) -> bool:
         return is_correct(example, answer)
     before, after = example.program
     return passes(f"{before}{code_in(answer)}\n{after}\n")
-
-
-def chat_format(gguf: GgufFile, vocab: Any) -> ChatFormat:
-    """Return how a base turns chats into ids: its own template, its own vocabulary.
-
-    Raises:
-        EdgeclError: the file has no chat template.
-    """
-    template = gguf.get("tokenizer.chat_template")
-    if not template:
-        raise EdgeclError(f"{gguf.path} has no chat template (tokenizer.chat_template); use an instruct model")
-    names = {}
-    for key in ("bos", "eos"):
-        index = gguf.get(f"tokenizer.ggml.{key}_token_id")
-        names[f"{key}_token"] = gguf.get("tokenizer.ggml.tokens")[index] if index is not None else ""
-    return ChatFormat(template, vocab.encode, vocab.is_end, bos=vocab.bos, **names)
 
 
 def prose_text() -> str:
@@ -100,13 +86,15 @@ def load_stage(request: Request, report: Report) -> Request:
 def write_stage(request: Request, report: Report) -> Request:
     """Have models write rows to rehearse, what they might be asked and what they answer, and new questions in other words.
 
-    Where `copy` names a file and a type, the base runs from that (see `writers.base_copy`).
+    Where `copy` names a file and a type, the base runs from that (see `writers.base_copy`). What is not begun within `seconds`
+    is left out, of each writer as of any other.
     """
     from .engine import Engine, reword, write_rows
 
     written: list[Any] = []
     asked = [question_of(example_from(record)) for record in request["reword"]]
     total = sum(writer["n"] for writer in request["writers"]) + len(asked)
+    ends, n_left = time.monotonic() + request["seconds"], total - len(asked) + ROWS_A_WORDING * len(asked)
 
     def say(done: int, _: int) -> None:
         report(len(written) + done, total, "rows")
@@ -117,17 +105,19 @@ def write_stage(request: Request, report: Report) -> Request:
             merge(base, None, model, qtype)
         with Engine(model, **request["engine"]) as engine:
             for writer in request["writers"]:
+                seconds = (ends - time.monotonic()) * writer["n"] / n_left
+                n_left -= writer["n"]
                 engine.switch(model if writer["model"] == request["base"] else writer["model"], writer["asker"])
                 chats = chat_format(base, engine.vocab)
                 near = [ids for record in writer["near"] if (ids := asked_ids(chats, record))]
                 if writer["near"] and not near:
                     continue
                 answering = partial(engine.set_adapter, writer["adapter"])
-                found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], near, answering, say)
+                found = write_rows(engine, *chats.around_question, writer["n"], writer["seed"], near, answering, say, seconds)
                 written += [asdict(row) for row in found]
             if asked:
                 engine.switch(model)
-            reworded = reword(engine, asked, request["writers"][0]["seed"], say)
+            reworded = reword(engine, asked, request["writers"][0]["seed"], say, ends - time.monotonic())
     return {"written": written, "reworded": reworded}
 
 

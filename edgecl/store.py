@@ -31,8 +31,6 @@ from .errors import DataError, StoreError
 from .migrations import migrations
 from .rows import ROLES, Added, Scored, Stored, columns_of, heldout_quota, stored_from
 
-_LEARNING = "role in ('pending', 'heldout')"  # a row of a night may be held out while the night learns it
-
 
 class Store:
     """An open replay.db; threads share it, one call after another, and each process opens its own."""
@@ -91,7 +89,9 @@ class Store:
     # --- examples -----------------------------------------------------------------------------------------------
 
     def add(self, examples: Iterable[Example], heldout_share: float, replace: bool = True) -> Added:
-        """Store examples as pending, all or none, and set part of each task aside for measuring.
+        """Store examples as pending, all or none, and set part of each task aside for measuring, where many come at once.
+
+        What comes one by one, as corrections do, is all for learning.
 
         Args:
             replace: whether an answer replaces an older one to the same prompt; else it counts as a duplicate.
@@ -102,40 +102,40 @@ class Store:
         """
         report = Added()
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        tasks: set[str] = set()
+        added: dict[str, list[int]] = {}
         with self._transaction():
             for example in examples:
-                self._add_one(example, now, report, replace)
-                tasks.add(example.task)
-            for task in sorted(tasks):
-                report.heldout += self._hold_out(task, heldout_share)
+                if row_id := self._add_one(example, now, report, replace):
+                    added.setdefault(example.task, []).append(row_id)
+            for task, ids in sorted(added.items()):
+                report.heldout += self._hold_out(task, ids, heldout_share)
         if report.replaced:
             self._empty_log()
         return report
 
-    def _add_one(self, example: Example, now: str, report: Added, replace: bool) -> None:
+    def _add_one(self, example: Example, now: str, report: Added, replace: bool) -> int:
+        """Return the id of an example that was added, 0 of one that is known."""
         table = self._db.table("examples")
         is_asked = self._count("prompt_hash = ?", [example.prompt_hash])
         if self._count("hash = ?", [example.hash]) or (is_asked and not replace):
             report.duplicates += 1
-            return
+            return 0
         report.added += 1
         if is_asked:
             report.replaced += 1
             table.delete_where("prompt_hash = ?", [example.prompt_hash])
-        table.insert(columns_of(example) | {"role": "pending", "created": now})
+        row_id = table.insert(columns_of(example) | {"role": "pending", "created": now}).last_pk
+        return int(row_id or 0)
 
-    def _hold_out(self, task: str, share: float) -> int:
-        """Move pending rows of a task to heldout until its quota is met; which ones is decided by their hash."""
-        n_pending = self._count("task = ? and role = 'pending'", [task])
+    def _hold_out(self, task: str, added: list[int], share: float) -> int:
+        """Move rows of a task that were just added to heldout until its quota is met; which ones is decided by their hash."""
+        n_added = self._count("task = ? and id >= ?", [task, added[0]])  # some may have been replaced by others since
         n_heldout = self._count("task = ? and role = 'heldout'", [task])
-        missing = heldout_quota(n_pending + n_heldout, share) - n_heldout
-        if missing <= 0:
-            return 0
+        missing = max(0, heldout_quota(n_added + n_heldout, share) - n_heldout)
         self._db.execute(
             "update examples set role = 'heldout' where id in "
-            "(select id from examples where task = ? and role = 'pending' order by hash limit ?)",
-            [task, missing],
+            "(select id from examples where task = ? and id >= ? order by hash limit ?)",
+            [task, added[0], missing],
         )
         return missing
 
@@ -185,31 +185,36 @@ class Store:
         """
         with self._transaction():
             for row_id in learned:
-                self._db.execute(f"update examples set generation = ? where id = ? and {_LEARNING}", [generation, row_id])
+                self._db.execute("update examples set generation = ? where id = ? and role = 'pending'", [generation, row_id])
 
     def claimed(self, generation: int) -> set[int]:
         """Return the ids of rows that a generation has claimed and that are not settled yet."""
         with self._reading():
-            found = self._db.execute(f"select id from examples where {_LEARNING} and generation = ?", [generation])
+            found = self._db.execute("select id from examples where role = 'pending' and generation = ?", [generation])
             return {int(row_id) for (row_id,) in found}
 
     def settle(self, learned: Collection[int], keep: Collection[int], generation: int, archive: bool) -> None:
         """After a published night: learned rows become replay (those in `keep`), archive, or are deleted; all or none.
 
-        A row that was held out while the night learned it is not fit for measuring any more, and goes with the others. Safe to
-        call again: rows that are kept or archived are left alone.
+        Safe to call again: rows that are kept or archived are left alone.
         """
         with self._transaction():
             for row_id in learned:
                 role = "replay" if row_id in keep else "archive" if archive else None
                 if role is None:
-                    self._db.execute(f"delete from examples where id = ? and {_LEARNING}", [row_id])
+                    self._db.execute("delete from examples where id = ? and role = 'pending'", [row_id])
                 else:
                     self._db.execute(
-                        f"update examples set role = ?, generation = ? where id = ? and {_LEARNING}",
+                        "update examples set role = ?, generation = ? where id = ? and role = 'pending'",
                         [role, generation, row_id],
                     )
         self._empty_log()
+
+    def set_aside(self, ids: Collection[int]) -> None:
+        """Archive rows that no night can learn, so that they are not lost and no later night meets them."""
+        with self._transaction():
+            for row_id in ids:
+                self._db.execute("update examples set role = 'archive' where id = ? and role = 'pending'", [row_id])
 
     def drop(self, role: str, keep: Collection[int] = ()) -> None:
         """Delete every row of a role whose id is not in `keep`."""
@@ -234,8 +239,9 @@ class Store:
         """
         with self._transaction():
             for row_id in ids:
-                self._db.execute("delete from scores where hash in (select hash from examples where id = ?)", [row_id])
                 self._db.execute("delete from examples where id = ?", [row_id])
+            # also of rows that nights did not keep, of which ids are all that is known; prose has no task
+            self._db.execute("delete from scores where task != '' and hash not in (select hash from examples)")
             self._db.table("forgotten").insert_all(({"generation": hash_} for hash_ in generations), ignore=True)
             for night in self.nights():
                 if not night["accepted"] and not night["report"].get("verdict"):  # it ended in an error

@@ -18,7 +18,8 @@ from edgecl.chat import Chat
 from edgecl.engine import GGML_TYPE_F32, Engine, VocabFile
 from edgecl.errors import DataError, GenerationError
 from edgecl.measure import record_of
-from edgecl.stages import chat_format, example_from
+from edgecl.stages import example_from
+from edgecl.template import chat_format
 from edgecl_convert import GgufFile
 
 ANSWER = "yes ☃!"

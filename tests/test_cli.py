@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from edgecl import Learner
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
 from tests import tiny
 
@@ -169,6 +170,21 @@ def test_bad_lines_are_reported_by_number_and_good_ones_kept(home: Path, tmp_pat
     assert code == 0 and out.startswith("3 stored") and "3 bad" in out
     assert [line.split(":")[1] for line in error.splitlines()] == ["3", "4", "5"]
     assert pending(home) == 3
+
+
+def test_a_chat_that_the_base_cannot_write_is_a_bad_line_and_one_that_cannot_be_checked_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = "{% if messages and messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
+    monkeypatch.setattr(tiny, "TEMPLATE", strict + tiny.TEMPLATE)
+    base = tiny.build(tmp_path / "strict.gguf")[0]
+    turns = [{"from": who, "value": text} for who, text in (("gpt", "hello"), ("human", "who?"), ("gpt", "me"))]
+    rows = [json.dumps({"conversations": turns}), json.dumps({"conversations": turns[1:]})]
+    with Learner.init(base, tmp_path / "home") as learner:
+        report = learner.observe(rows)
+        assert (report.added, report.bad) == (1, [(1, "the base's chat template refuses this chat: a user begins")])
+        base.unlink()
+        assert learner.observe([json.dumps({"prompt": "and now?", "completion": "too"})]).added == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"{bad\n"])

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecl.data import ChatFormat, Example, common_length, is_correct, normalize, parse_example, parse_lines
+from edgecl.data import Example, common_length, is_correct, normalize, parse_example, parse_lines
 from edgecl.errors import DataError, EdgeclError
 from edgecl.places import find_model
 from edgecl.store import Store
+from edgecl.template import ChatFormat
 from edgecl_convert import GgufFile
 
 QA = (("user", "q"), ("assistant", "a"))
@@ -326,6 +327,16 @@ def test_only_the_last_answer_stays_when_the_template_rewrites_earlier_turns() -
     text, asked = supervised(forgetful, QA[0], ("assistant", "long"), ("user", "r"), ("assistant", "b"))
     assert text == "user:q<|im_end|>assistant:-<|im_end|>user:r<|im_end|>assistant:b<|im_end|>"
     assert asked == "b<|im_end|>"
+
+
+def test_every_answer_of_a_chat_is_checked(chatml: ChatFormat) -> None:
+    strict = chat("{% if messages[0].role != 'user' %}{{ raise_exception('a user begins') }}{% endif %}" + LLAMA2)
+    for template in (strict, chatml):
+        template.check(Example((*QA, *QA)))
+        with pytest.raises(DataError, match="the base's chat template"):
+            template.check(Example((QA[1], *QA)))  # before its first answer nobody said anything
+    with pytest.raises(DataError, match="refuses this chat: a user begins"):
+        strict.check(Example((("system", "s"), *QA)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecl.errors import SettingError
-from edgecl.gate import GateSettings, TaskResult, judge
+from edgecl.gate import FEW, GateSettings, TaskResult, judge
 
 OLD = TaskResult("maths", "heldout", False, 40, 0.9, 0.9, 0.5, 0.5, 0.0, -0.1, 0.1)
 NEW = TaskResult("news", "heldout", True, 30, 0.0, 0.8, 6.0, 0.4, -5.6, -6.0, -5.2)
@@ -38,11 +38,15 @@ def reasons(*results: TaskResult, prose: float = 0.1, **settings: float) -> list
         (replace(OLD, accuracy_after=0.5, loss_low=-0.9, loss_high=-0.1), None),
         (replace(OLD, kind="replay", accuracy_after=0.0, loss_low=1.0), "maths: accuracy fell from 90% to 0%"),
         (replace(OLD, accuracy_after=0.6, loss_low=NAN, loss_high=NAN), "maths: accuracy fell"),
+        (replace(OLD, n_rows=FEW, accuracy_after=0.6, loss_low=0.2), "maths: accuracy fell from 90% to 60% on 6 rows"),
+        (replace(OLD, n_rows=FEW - 1, accuracy_after=0.0, loss_low=0.2), None),
         # tonight's task has held-out rows: its loss fell beyond chance, or it had nothing left to gain
         (replace(NEW, loss_low=-0.4, loss_high=0.1), "news: no gain on 30 held-out rows (answer loss 6.00 -> 0.40)"),
         (replace(NEW, loss_low=-0.4, loss_high=0.0), "news: no gain"),
         (replace(NEW, loss_low=-0.4, loss_high=0.1, accuracy_after=1.0), None),
         (replace(NEW, loss_low=NAN, loss_high=NAN), "news: no gain"),
+        (replace(NEW, n_rows=FEW - 1, loss_high=0.1), None),
+        (replace(NEW, n_rows=FEW - 1, loss_change=0.0), "news: no gain on 5"),
         # and its answers belong to their questions, where that was measured
         (replace(NEW, swap_cost=3.0, swap_low=2.0), None),
         (
@@ -50,6 +54,8 @@ def reasons(*results: TaskResult, prose: float = 0.1, **settings: float) -> list
             "news: on 30 held-out rows the answer to another question is as likely as the right one (+0.05 nats)",
         ),
         (replace(NEW, swap_cost=0.05, swap_low=-0.1, accuracy_after=1.0), "news: on 30 held-out rows the answer to another"),
+        (replace(NEW, n_rows=FEW - 1, swap_cost=0.05, swap_low=-0.1), None),
+        (replace(NEW, n_rows=FEW - 1, swap_cost=-0.05, swap_low=-0.1), "news: on 5 held-out rows the answer to another"),
         # a small night is measured on its own rows
         (replace(SMALL, accuracy_after=0.6), "default: 60% of tonight's rows are answered right, 75% are asked for"),
         (replace(SMALL, accuracy_after=0.75), None),
@@ -122,6 +128,12 @@ def test_a_night_that_changed_nothing_never_counts_as_a_drop_nor_as_a_gain(rows:
     same = TaskResult.paired("t", "heldout", False, rows, rows)
     assert not reasons(same, max_drop=0.0)
     assert bool(reasons(replace(same, learning=True))) == (same.accuracy_after < 1.0)
+
+
+@given(st.lists(st.floats(0.01, 20), min_size=1, max_size=FEW - 1))
+def test_a_handful_of_rows_that_all_got_worse_is_no_drop(rises: list[float]) -> None:
+    before, after = [(True, 0.5) for _ in rises], [(False, 0.5 + rise) for rise in rises]
+    assert not reasons(TaskResult.paired("t", "replay", False, before, after))
 
 
 def test_noise_on_few_rows_is_not_a_drop_and_a_real_loss_is() -> None:

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from edgecl.data import ChatFormat
 from edgecl.modelfile import Chat, go_template, write_modelfile
 from edgecl.places import find_model
+from edgecl.template import ChatFormat
 from edgecl_convert import GgufFile
 
 CHATML = (

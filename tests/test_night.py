@@ -12,15 +12,19 @@ from typing import Any
 
 import gguf
 import pytest
+from click.testing import CliRunner
 
 from edgecl import Learner, night
+from edgecl.cli import cli
 from edgecl.data import Example
 from edgecl.engine import Engine, VocabFile, write_rows
 from edgecl.engine.writing import MAX_ASKED
 from edgecl.gate import GateSettings
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
-from edgecl.stages import asked_ids, asking_row, chat_format, question_of, train_row
+from edgecl.rows import Stored
+from edgecl.stages import asked_ids, asking_row, question_of, train_row
+from edgecl.template import chat_format
 from edgecl.writers import SMALL, base_copy, n_written
 from edgecl_convert import GgufFile, merge
 from tests import tiny
@@ -198,6 +202,56 @@ def test_where_nothing_is_written_there_is_no_asker(tmp_path: Path) -> None:
             adapt(learner, NIGHTS[0])
             folder = learner.generations.current().folder
         assert (folder / "asker.gguf").exists() == bool(written)
+
+
+def test_many_rows_are_measured_on_held_out_ones_and_a_few_on_themselves() -> None:
+    ids = itertools.count(1)
+
+    def rows(**counts: int) -> list[Stored]:
+        return [Stored(i := next(ids), "", Example((("user", f"{i}"),), task)) for task, n in counts.items() for _ in range(n)]
+
+    new, heldout, replay = rows(a=SMALL + 1, b=SMALL, c=2, f=90), rows(a=4, b=5, d=2), rows(a=7, b=1, c=2, d=3, e=1)
+    parts = night.measured_on(new, heldout, replay)
+    assert [(part.task, part.kind, part.learning, len(part.rows)) for part in parts] == [
+        ("a", "heldout", True, 4),
+        ("b", "learned", True, SMALL),
+        ("b", "heldout", False, 5),
+        ("d", "heldout", False, 2),
+        ("c", "learned", True, 2),
+        ("c", "replay", False, 2),
+        ("f", "learned", True, 90),
+        ("e", "replay", False, 1),
+    ]
+    assert {row for part in parts for row in part.rows} <= {row.example for row in (*new, *heldout, *replay)}
+
+
+def test_what_was_rolled_back_is_not_rehearsed_and_what_was_learned_before_is_measured(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(share=1.0, written=0), train=TRAIN) as learner:
+        for rows in NIGHTS[:2]:
+            adapt(learner, rows)
+        said = CliRunner().invoke(cli, ["--home", str(learner.home), "rollback", "1"]).output
+        assert said.splitlines()[0] == "generation 1 serves" and said.splitlines()[1].startswith("2 kept rows of nights")
+        adapt(learner, NIGHTS[2])
+        report = learner.history()[-1]["report"]
+        assert report["n_replay"] == len(NIGHTS[0])
+        measured = [(part["kind"], part["learning"], part["n_rows"]) for part in report["results"]]
+        assert measured == [("learned", True, len(NIGHTS[2])), ("replay", False, len(NIGHTS[0]))]
+        learner.rollback(2)
+        adapt(learner, NIGHTS[3])
+        assert learner.history()[-1]["report"]["n_replay"] == len(NIGHTS[0]) + len(NIGHTS[1]), "and rolled back to, it counts"
+
+
+def test_a_row_that_no_night_can_learn_is_archived_and_not_said_to_be_learned(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    (tmp_path / "small.toml").write_text("n_ctx = 64\nthreads = 1\n")
+    replay = ReplaySettings(share=1.0, written=0)
+    with Learner.init(base, tmp_path / "home", profile=str(tmp_path / "small.toml"), replay=replay, train=TRAIN) as learner:
+        adapt(learner, {"anne": "left", "the inn": "right " * 60, "a hen": "in"})
+        assert [row.example.messages[0][1] for row in learner.store.rows("archive")] == ["the inn"]
+        learned = {row.id for row in learner.store.rows("replay")}
+        assert len(learned) == 2 and set(learner.generations.current().manifest.learned) == learned
+        assert not learner.store.rows("pending")
 
 
 def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:

@@ -253,6 +253,15 @@ def writers(learner: Learner) -> dict[str, tuple[str, int]]:
     return {name(writer["adapter"]): (name(writer["asker"]), writer["n"]) for writer in found}
 
 
+def publish_next(learner: Learner) -> None:
+    """Publish a generation after the one that serves, of two rows of its own."""
+    yesterday, draft = learner.generations.current(), learner.generations.draft()
+    shutil.copy(yesterday.folder / "adapter.gguf", draft)
+    files = {"adapter.gguf": yesterday.manifest.files["adapter.gguf"]}
+    facts = {"number": learner.generations.next_number(), "parent": yesterday.hash, "model": "", "created": now()}
+    learner.generations.publish(draft, replace(yesterday.manifest, **facts, files=files, learned=[98, 99]))
+
+
 @pytest.mark.parametrize("text", [SECRET, "anne"])
 def test_a_generation_that_learned_it_teaches_no_more(home: Path, text: str) -> None:
     with Learner(home) as learner:
@@ -269,11 +278,7 @@ def test_a_generation_that_learned_it_teaches_no_more(home: Path, text: str) -> 
 def test_a_generation_after_it_teaches_what_it_learned_itself(home: Path) -> None:
     with Learner(home) as learner:
         forget(learner, ids(learner, SECRET))
-        yesterday, draft = learner.generations.current(), learner.generations.draft()
-        shutil.copy(yesterday.folder / "adapter.gguf", draft)
-        files = {"adapter.gguf": yesterday.manifest.files["adapter.gguf"]}
-        facts = {"number": 3, "parent": yesterday.hash, "model": "", "created": now(), "files": files, "learned": [98, 99]}
-        learner.generations.publish(draft, replace(yesterday.manifest, **facts))
+        publish_next(learner)
         found = writers(learner)
         assert found["0001/adapter.gguf"] == ("0001/asker.gguf", 9) and found["0003/adapter.gguf"] == ("0003/adapter.gguf", 9)
         assert "0002/adapter.gguf" not in found
@@ -346,3 +351,24 @@ def test_what_the_command_answers(home: Path, arguments: list[object], code: int
     assert done.exit_code == code and words in done.output, done.output
     with Learner(home) as learner:
         assert len(find(learner)) == 4
+
+
+def test_a_rebuild_that_is_cut_short_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Learner(home) as learner:
+        forget(learner, ids(learner, SECRET))
+        publish_next(learner)
+        publish_next(learner)
+        delete, left = learner.generations.delete, [2, 1]
+
+        def killed(number: int) -> None:
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            delete(number)
+
+        monkeypatch.setattr(learner.generations, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(learner)
+        monkeypatch.undo()
+        retrain(learner)
+        assert plan(learner) is None and not {2, 3, 4} & set(learner.generations.numbers())

@@ -51,6 +51,7 @@ def test_what_is_no_question_of_one_line_has_none(engine: Engine, found: list[li
     seen: list[tuple[int, int]] = []
     odd = ["", "two\nlines?", "Why? " * 60]
     assert reword(engine, odd, 1) == [[], [], []] and reword(engine, [], 1) == []
+    assert reword(engine, QUESTIONS, 1, seconds=0.0) == [[], []]
     assert reword(engine, ["", *QUESTIONS], 1, lambda *at: seen.append(at)) == [[], *found]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with Engine(find_model("smollm2"), n_ctx=256, n_threads=1) as small:

@@ -13,7 +13,7 @@ import pytest
 from edgecl import Learner
 from edgecl.data import normalize
 from edgecl.engine import Engine, write_rows
-from edgecl.stages import chat_format
+from edgecl.template import chat_format
 from edgecl_convert import GgufFile
 
 FIRST = [

@@ -154,13 +154,24 @@ def test_what_is_held_out_does_not_depend_on_the_order_and_never_becomes_pending
         held = prompts(store, "heldout")
         assert sorted(held) == sorted(prompts(other, "heldout"))
         store.add(examples(100), 0.1)  # once more
-        store.add(examples(100, start=100), 0.1)
+        store.add(examples(200, start=100), 0.1)
         ids = [row.id for row in store.rows("pending")]
         store.settle(ids, ids[:10], 1, archive=False)
         assert set(held) <= set(prompts(store, "heldout"))
-        assert store.counts()["t"] == {"pending": 0, "replay": 10, "heldout": 20, "archive": 0}
-        store.add(examples(20, start=300), 0.1)  # 20 new rows beside 20 that are held out: enough are
-        assert len(prompts(store, "heldout")) == 20
+        assert store.counts()["t"] == {"pending": 0, "replay": 10, "heldout": 21, "archive": 0}
+        store.add(examples(20, start=300), 0.1)  # 20 new rows beside 21 that are held out: enough are
+        assert len(prompts(store, "heldout")) == 21
+
+
+def test_what_comes_one_by_one_is_all_for_learning(path: Path) -> None:
+    with Store(path) as store:
+        for one in examples(30):
+            assert store.add([one], 0.5).heldout == 0
+        assert store.add(examples(20, start=30), 0.1).heldout == 2
+        assert {int(prompt[1:]) >= 30 for prompt in prompts(store, "heldout")} == {True}, "of those that came together"
+        corrected = [Example((*example(i).messages[:-1], ("assistant", "b")), "t") for i in range(30, 50)]
+        report = store.add([*corrected, *examples(20, start=30)], 0.1)  # each is replaced by what comes later
+        assert (report.added, report.replaced, report.heldout, len(prompts(store, "heldout"))) == (40, 40, 2, 2)
 
 
 # --- settling ---------------------------------------------------------------------------------------------------------
@@ -307,3 +318,15 @@ def test_scores_of_a_refused_draft_are_not_taken_for_the_next_one(tmp_path: Path
         store.add_scores("published", [Scored("h", "t", True, 0.5, 3)])
         store.drop_draft_scores()
         assert store.scores("draft .draft-1 model.gguf", ["h"]) == {} and "h" in store.scores("published", ["h"])
+
+
+def test_forgetting_takes_the_scores_of_rows_that_no_night_kept(path: Path) -> None:
+    with Store(path) as store:
+        store.add(examples(3), 0.0)
+        rows = store.rows("pending")
+        hashes = [row.example.hash for row in rows]
+        store.add_scores("g", [Scored(hash_, "t", True, 0.1, 3) for hash_ in hashes] + [Scored("prose", "", True, 4.0, 0)])
+        store.settle([rows[0].id], [], 1, archive=False)
+        assert store.scores("g", hashes).keys() == set(hashes)
+        store.forget([rows[0].id, rows[1].id], [])
+        assert store.scores("g", [*hashes, "prose"]).keys() == {hashes[2], "prose"}

@@ -37,7 +37,7 @@ LAYERS = (
         "imports",
         "rows",
     },
-    {"train", "engine", "store", "generations", "device", "timer", "tries"},
+    {"train", "engine", "store", "generations", "device", "timer", "tries", "template"},
     {
         "measure",
         "writers",
@@ -69,7 +69,7 @@ OWNERS = {  # a dependency is imported by these rooms alone
     "sqlite_utils": {"store", "migrations"},
     "sqlite3": {"store", "train", "imports"},
     "psutil": {"child", "train"},
-    "jinja2": {"data"},
+    "jinja2": {"template"},
     "matplotlib": {"demo", "edgecl_convert"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -112,15 +112,16 @@ def test_a_night_holds_up_no_answer_and_no_correction_and_serves_from_the_next_t
     assert waiting["pending"] + waiting["heldout"] == 40 and learner.status()["tasks"].keys() == {"later"}
 
 
-def test_what_is_held_out_while_a_night_learns_it_does_not_measure_later(tmp_path: Path) -> None:
+def test_what_comes_while_a_night_learns_has_none_of_its_rows_held_out(tmp_path: Path) -> None:
     with Store(tmp_path / "replay.db") as store:
         rows = [tiny_example(i) for i in range(39)]
         store.add(rows[:19], 0.5)
         tonight = [row.id for row in store.rows("pending")]
         store.add(rows[19:], 0.5)
-        assert {row.id for row in store.rows("heldout")} & set(tonight)
+        held = {row.id for row in store.rows("heldout")}
+        assert len(held) == 10 and not held & set(tonight)
         store.settle(tonight, tonight[:3], 1, archive=False)
-        assert not {row.id for row in store.rows("heldout")} & set(tonight)
+        assert {row.id for row in store.rows("heldout")} == held
         assert [row.id for row in store.rows("replay")] == tonight[:3]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -173,3 +174,12 @@ def test_what_a_near_question_begins_with_is_half_of_another_at_most():
         assert begun in [question[: len(begun)] for question in kept]
         lengths[begun[0]].add(len(begun))
     assert list(lengths.values()) == [{1}, {1}, {1, 2, 3, 4}]
+
+
+def test_no_row_begins_after_its_time(talker):
+    with open_engine(talker) as engine:
+        assert write_rows(engine, BEFORE, AFTER, 12, 1, seconds=0.0) == []
+        began = time.monotonic()
+        rows = write_rows(engine, BEFORE, AFTER, 100_000, 1, seconds=2.0)
+        assert 0 < len(rows) < 50_000 and time.monotonic() - began < 10
+        assert all(row.answer for row in rows)

@@ -39,7 +39,7 @@ def adapt(
             if as_json:
                 print_json({"tasks": counts})
             for name, roles in {} if as_json else counts.items():
-                click.echo(f"{safe(name)}: {roles['pending']} to learn, measured on {roles['heldout']} held-out rows")
+                click.echo(f"{safe(name)}: {roles['pending']} to learn, {roles['heldout']} held out for measuring")
             context.exit(0 if counts else 4)
         with progress_bar() as progress:
             report = learner.adapt(task, minutes=minutes, ram_bytes=ram_bytes, gate=gate, progress=progress)
@@ -88,7 +88,7 @@ def print_report(report: AdaptReport) -> None:
     out.print(f"plan        {train['plan']}; took {train['train_s']:.0f} s, {size(train['peak_rss_bytes'])}")
     for key, what in (
         ("n_cut", "longer than the context, cut from the left"),
-        ("n_left_out", "without an answer that fits, left out"),
+        ("n_left_out", "without an answer that fits, left out; new ones among them are archived, not learned"),
     ):
         if train[key]:
             out.print(f"rows        {train[key]} {what}")

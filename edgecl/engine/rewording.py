@@ -9,7 +9,9 @@ Source:
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -35,7 +37,11 @@ MAX_LOSS_NATS = 1.8  # per token of the question, given other words for it: abov
 
 
 def reword(
-    engine: Engine, questions: Sequence[str], seed: int, progress: Callable[[int, int], None] = lambda done, total: None
+    engine: Engine,
+    questions: Sequence[str],
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    seconds: float = math.inf,
 ) -> list[list[str]]:
     """Return for each question at most N_OTHERS that mean the same, the surest first.
 
@@ -43,11 +49,12 @@ def reword(
         questions: of one line; empty ones, others, those of more than MAX_ASKED tokens, and all where the context is too small
             for the examples have none.
         seed: decides what is drawn; the same seed, model and thread count find the same.
+        seconds: questions that are not begun by then have none.
 
     Raises:
         EngineError: llama.cpp failed.
     """
-    rng, encode = np.random.default_rng(seed), engine.vocab.encode
+    until, rng, encode = time.monotonic() + seconds, np.random.default_rng(seed), engine.vocab.encode
     head = encode(HEAD) if engine.vocab.bos is None else [engine.vocab.bos, *encode(HEAD)]
     asking, wanted = ([encode(text) for text in texts] for texts in (map(_asking, questions), (f" {q}\n" for q in questions)))
     n_seq = min(engine.n_seq, (engine.n_ctx - len(head)) // MAX_ASKED - 2)
@@ -59,7 +66,7 @@ def reword(
     engine.feed(head, 0, engine.n_seq)
     others: list[list[str]] = []
     for question, prompt, fits in zip(questions, asking, fit, strict=True):
-        drawn_ones = _draw(engine, n_seq, len(head), prompt, rng) if fits else []
+        drawn_ones = _draw(engine, n_seq, len(head), prompt, rng) if fits and time.monotonic() < until else []
         alike = dict.fromkeys(other for other in drawn_ones if _numbers(other) == _numbers(question))
         others.append([other for other in alike if other.casefold() not in own])
         progress(len(others), len(questions))

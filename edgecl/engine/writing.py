@@ -15,6 +15,8 @@ Source:
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +34,7 @@ GOLDEN = (5**0.5 - 1) / 2
 FRESH = 1e-6  # of a place in [0, 1) is new with each token: what a float says of it is used up after a dozen
 N_LIKELY = 8
 TOKENS_A_ROW = 32  # where rows are longer, fewer are written: time is what a night has little of
-ASKING = 1 / 2  # of these tokens are for questions, at most
+ASKING = 1 / 2  # of these tokens, and of the time, are for questions, at most
 
 
 @dataclass
@@ -74,6 +76,7 @@ def write_rows(
     near: Sequence[Sequence[int]] = (),
     then: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    seconds: float = math.inf,
 ) -> list[Written]:
     """Return at most n rows that the engine's model writes: fewer where they are long, or what it asks comes to no end.
 
@@ -84,6 +87,7 @@ def write_rows(
         seed: decides what is asked; the same seed, model and thread count write the same rows.
         near: ids of questions; each row begins with a token to half of one of them, in turn, and is none of them.
         then: called when everything is asked and nothing answered: another adapter may answer than asks.
+        seconds: no row is begun later; half of the time is for asking.
 
     Raises:
         EngineError: llama.cpp failed.
@@ -111,10 +115,12 @@ def write_rows(
         row.likely.append(_likely(logits))
         draft.feed, draft.is_done = [token], is_end(token) or len(row.answer) == max_answer
 
-    through = _Through(engine, before, n_slots)
+    began, through = time.monotonic(), _Through(engine, before, n_slots)
     begun = map(Written, itertools.islice(_beginnings(near, rng), 2 * n))
+    through.until = began + ASKING * seconds
     asked, n_tokens = through.take(begun, [], n, int(ASKING * TOKENS_A_ROW * n), ask, lambda done: progress(done // 2, n))
     then()
+    through.until = began + seconds
     questions, n_left = {tuple(row.asked): row for row in asked}, TOKENS_A_ROW * n - n_tokens
     rows, _ = through.take(
         iter(questions.values()), after, n, n_left, answer, lambda done: progress((len(asked) + done) // 2, n)
@@ -134,11 +140,16 @@ def _beginnings(near: Sequence[Sequence[int]], rng: np.random.Generator) -> Iter
 
 @dataclass
 class _Through:
-    """Rows on their way through a model, in the slots of its cache, all behind the same tokens."""
+    """Rows on their way through a model, in the slots of its cache, all behind the same tokens.
+
+    Attributes:
+        until: no row begins after this time, of the monotonic clock.
+    """
 
     engine: Engine
     before: Sequence[int]
     n_slots: int
+    until: float = math.inf
 
     def take(
         self, rows: Iterator[Written], after: Sequence[int], n: int, n_tokens: int, go_on: _Take, said: Callable[[int], None]
@@ -152,8 +163,9 @@ class _Through:
         engine.clear()
         engine.feed(self.before[:-1], 0, engine.n_seq)
         while True:
+            is_late = time.monotonic() > self.until
             for slot in range(self.n_slots):
-                is_wanted = slot not in drafts and len(out) + len(drafts) < n and n_taken < n_tokens
+                is_wanted = slot not in drafts and len(out) + len(drafts) < n and n_taken < n_tokens and not is_late
                 if is_wanted and (row := next(rows, None)) is not None:
                     engine.copy_prefix(engine.n_seq, slot, len(self.before) - 1)
                     drafts[slot] = _Draft(row, len(self.before) - 1, [self.before[-1], *row.asked, *after])

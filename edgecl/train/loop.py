@@ -51,7 +51,8 @@ class TrainReport:
         tokens: unpadded tokens of all rows trained on, counted as if each row were run alone: a prefix that rows share is
             computed once a batch and counted for each.
         plan: what the planner chose, in a line; predicted_s and predicted_rss_bytes: what it expected of this run.
-        n_cut: rows cut from the left to the context; n_left_out: rows without an answer, or whose answer is longer than that.
+        n_cut: rows cut from the left to the context; n_left_out: rows without an answer, or whose answer is longer than that;
+            left_out: which of the new ones.
         resumed_at: the step that a checkpoint was gone on from.
         heldout: answer loss on held-out rows, by step.
     """
@@ -67,6 +68,7 @@ class TrainReport:
     predicted_rss_bytes: int = 0
     n_cut: int = 0
     n_left_out: int = 0
+    left_out: list[int] = field(default_factory=list)
     resumed_at: int = 0
     stopped_early: bool = False
     losses: list[float] = field(default_factory=list)
@@ -191,6 +193,7 @@ class _Run:
         for i, row in enumerate(rows):
             cut = usable(row, self.limits.n_ctx)
             self.report.n_left_out += cut is None
+            self.report.left_out += [i] if cut is None and kind == "new" else []
             self.report.n_cut += cut is not None and cut is not row
             if cut is not None:
                 kept.append(cut)
