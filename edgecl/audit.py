@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import GenerationError
-from .generations import Generation, Generations, sha256_file
+from .generations import ASKER, Generation, Generations, sha256_file
 
 MISSING, CHANGED, UNKNOWN = "missing", "changed", "unknown"
 
@@ -98,8 +98,8 @@ def _check_files(generations: Generations, generation: Generation, keep_models: 
     manifest, folder = generation.manifest, generation.folder
     for name, wanted in manifest.files.items():
         path = folder / name
-        dropped = name == manifest.model and not path.exists() and not generations.keeps_model(generation.number, keep_models)
-        if dropped:
+        is_old = name == manifest.model and not generations.keeps_model(generation.number, keep_models)
+        if not path.exists() and (is_old or name == ASKER):  # `forget` deletes askers
             report.dropped.append(_name(path, generations))
         else:
             _check(path, _name(path, generations), wanted, report)

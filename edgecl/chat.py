@@ -215,6 +215,8 @@ class Chat:
         stored = self.learner.redacted(example, Counter())  # which is what can be found again
         before = self.learner.store.find(stored.prompt_hash)
         report = self.learner.observe([example])
+        if report.bad:
+            raise DataError(report.bad[0][1])
         if report.added or answer != turn.answer:
             self._kept.append(_Kept(stored, before, bool(report.added), turn, turn.answer, turn.is_whole))
         turn.answer, turn.is_whole = answer, True

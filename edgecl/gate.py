@@ -5,7 +5,7 @@ paired answer loss rose beyond chance, which fewer than FEW rows cannot show. Wh
 ability (nats per token of unrelated prose, against the untouched base) has a tolerance of its own.
 
 A night of wrong answers shows a gain too: the model learns what answers look like. So on held-out rows the right answer must
-also be likelier than the answer of another row, beyond chance.
+also be likelier than the answer of another row, beyond chance. Of fewer than FEW rows the mean decides both.
 """
 
 from __future__ import annotations
@@ -108,16 +108,19 @@ class Verdict:
     reasons: list[str] = field(default_factory=list)
 
 
-def judge(results: Sequence[TaskResult], prose_base: float, prose_after: float, settings: GateSettings) -> Verdict:
+def judge(
+    results: Sequence[TaskResult], prose_base: float, prose_after: float, settings: GateSettings, is_small: bool = True
+) -> Verdict:
     """Return whether a night is published.
 
     Args:
         results: every task that has rows to measure on.
         prose_base: nats per token of unrelated prose under the untouched base; prose_after: under tonight's file.
+        is_small: a night of corrections, which are to be known by heart.
     """
     reasons = []
     for result in results:
-        reason = _no_gain(result, settings) if result.learning else _drop(result, settings)
+        reason = _no_gain(result, settings, is_small) if result.learning else _drop(result, settings)
         if reason:
             reasons.append(reason)
     lost = prose_after - prose_base
@@ -129,8 +132,8 @@ def judge(results: Sequence[TaskResult], prose_base: float, prose_after: float, 
     return Verdict(not reasons, reasons)
 
 
-def _no_gain(result: TaskResult, settings: GateSettings) -> str:
-    if result.kind == "learned":
+def _no_gain(result: TaskResult, settings: GateSettings, is_small: bool) -> str:
+    if result.kind == "learned" and is_small:
         if not result.accuracy_after >= settings.min_recall:
             return (
                 f"{result.task}: {result.accuracy_after:.0%} of tonight's rows are answered right, "
@@ -140,7 +143,7 @@ def _no_gain(result: TaskResult, settings: GateSettings) -> str:
     is_few = result.n_rows < FEW
     if not ((result.loss_change if is_few else result.loss_high) < 0 or result.accuracy_after == 1.0):
         return (
-            f"{result.task}: no gain on {result.n_rows} held-out rows "
+            f"{result.task}: no gain on {result.n_rows} {'held-out' if result.kind == 'heldout' else 'learned'} rows "
             f"(answer loss {result.loss_before:.2f} -> {result.loss_after:.2f})"
         )
     least = result.swap_cost if is_few else result.swap_low

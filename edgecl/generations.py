@@ -26,6 +26,7 @@ from edgecl_convert import ConvertError, fsync_folder, write_atomic
 
 from .errors import GenerationError
 
+ASKER = "asker.gguf"
 _TYPES = {"int": int, "str": str, "dict[str, str]": dict, "list[int]": list}  # of a manifest's fields, as they are written
 
 
@@ -183,6 +184,12 @@ class Generations:
             generation = self.load(numbers.get(generation.manifest.parent, 0))
         yield generation
 
+    def unknown(self, generation: Generation) -> set[int]:
+        """Return the numbers of those that a generation does not descend from; none where a damaged manifest hides which."""
+        nights = list(self.lineage(generation))
+        is_whole = len(nights) == 1 or nights[-2].manifest.parent == nights[-1].hash
+        return set(self.numbers()) - {night.number for night in nights} if is_whole else set()
+
     def current(self) -> Generation:
         """Return the generation that serves.
 
@@ -301,7 +308,7 @@ class Generations:
 
     def delete_asker(self, number: int) -> None:
         """Delete what of a generation says what its night was asked; the rest of it stays."""
-        (self.folder / f"{number:04d}" / "asker.gguf").unlink(missing_ok=True)
+        (self.folder / f"{number:04d}" / ASKER).unlink(missing_ok=True)
 
     def drop_old_models(self, keep: int) -> None:
         """Delete the merged model of all but the newest `keep` generations and the one that serves.

@@ -126,8 +126,8 @@ class Night:
             EdgeclError: a stage failed; what served before serves still, and no row left `pending`.
         """
         yesterday = self.generations.current()
-        known = {night.number for night in self.generations.lineage(yesterday)}
-        replay = [row for row in self.store.rows("replay") if row.generation in known]  # of what was rolled back, nothing
+        unknown = self.generations.unknown(yesterday)  # what was rolled back is not rehearsed
+        replay = [row for row in self.store.rows("replay") if row.generation not in unknown]
         parts = measured_on(new, self.store.rows("heldout"), replay)
         rows = [row for part in parts for row in part.rows]
         report = self.report
@@ -137,6 +137,7 @@ class Night:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
             self._train(draft, yesterday, new, replay, self._write(yesterday, new))
+            parts = _without(parts, {new[i].example.hash for i in report.train["left_out"]})
             learned = [row for part in parts if part.learning for row in part.rows]
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
@@ -163,7 +164,8 @@ class Night:
             )
             swap = [(after[own.hash].loss_nats, after[other.hash].loss_nats) for own, other in pairs]
             report.results.append(TaskResult.paired(part.task, part.kind, part.learning, then, since, swap))
-        verdict = judge(report.results, report.prose["base"], report.prose["after"], self.settings.gate)
+        is_small = len(new) <= SMALL
+        verdict = judge(report.results, report.prose["base"], report.prose["after"], self.settings.gate, is_small)
         report.verdict = "; ".join(verdict.reasons) or "nothing got worse"
         if not verdict.accepted and self.gate == "enforce":
             report.reason = report.verdict
@@ -308,7 +310,7 @@ class Night:
             learned=[row.id for row in learned],
             kept=kept,
         )
-        self.store.claim(manifest.learned, number)
+        self.store.claim([row.id for row in new], number)  # those left out too: what is near them was trained on
         published = self.generations.publish(draft, manifest)
         self.store.rename_scores(tonight.hash, published.hash)
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
@@ -326,27 +328,39 @@ def kept_ids(learned: Sequence[Stored], share: float, number: int) -> list[int]:
 def measured_on(new: Sequence[Stored], heldout: Sequence[Stored], replay: Sequence[Stored]) -> list[Part]:
     """Return what a night is measured on.
 
-    A task of which many rows are learned should get better at held-out ones. A few corrections teach nothing else: they are
-    to be known themselves. What the task had before, its held-out rows or else those it rehearses, must not get worse.
+    A task that came with rows to hold out should get better at them. Corrections teach nothing else: they are to be known
+    themselves. What their task had before, its held-out rows or else those it rehearses, must not get worse.
     """
     own, held, kept = (_by_task(rows) for rows in (new, heldout, replay))
     parts = []
     for task in {**held, **own, **kept}:
-        is_taught = task in held and len(own.get(task, ())) > SMALL
+        came_along = task in own and task in held and held[task][-1].id > own[task][0].id
+        is_taught = came_along and len(new) > SMALL
         if task in own and not is_taught:
-            parts.append(Part(task, "learned", True, own[task]))
+            parts.append(_part("learned", True, own[task]))
         if task in held:
-            parts.append(Part(task, "heldout", is_taught, held[task]))
+            parts.append(_part("heldout", is_taught, held[task]))
         elif task in kept:
-            parts.append(Part(task, "replay", False, kept[task]))
+            parts.append(_part("replay", False, kept[task]))
     return parts
 
 
-def _by_task(rows: Sequence[Stored]) -> dict[str, list[Example]]:
-    out: dict[str, list[Example]] = {}
-    for row in rows:
-        out.setdefault(row.example.task, []).append(row.example)
+def _by_task(rows: Sequence[Stored]) -> dict[str, list[Stored]]:
+    """Return rows by task, those of each in the order of their ids."""
+    out: dict[str, list[Stored]] = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        out.setdefault(row.example.task, []).append(row)
     return out
+
+
+def _part(kind: str, learning: bool, rows: Sequence[Stored]) -> Part:
+    return Part(rows[0].example.task, kind, learning, [row.example for row in rows])
+
+
+def _without(parts: Sequence[Part], left_out: set[str]) -> list[Part]:
+    """Return parts without rows, by their hash, that no training could use, and without those that have no others."""
+    kept = [replace(part, rows=[row for row in part.rows if row.hash not in left_out]) for part in parts]
+    return [part for part in kept if part.rows]
 
 
 def swapped(rows: Sequence[Example]) -> list[tuple[Example, Example]]:

@@ -257,7 +257,8 @@ class _Run:
     def _night(self, learner: Learner, i: int, compare: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what the night of task i did, and how the rows of the tasks so far, and of the next one, are answered then."""
         task = self.stream.tasks[i]
-        learner.observe(self.stream.train[task])
+        if bad := learner.observe(self.stream.train[task]).bad:
+            raise DataError(f"{task}, training row {bad[0][0]}: {bad[0][1]}")
         facts = learner.adapt(minutes=MINUTES, gate=self.gate, compare=compare, progress=self.progress).as_dict()
         rows = self._rows(learner, learner.generations.current(), self.stream.tasks[: i + 2])
         return {"task": task} | {key: facts[key] for key in facts if key not in ("results", "train")}, rows

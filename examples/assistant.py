@@ -63,7 +63,10 @@ class Assistant:
         if not self.question or not answer:
             self.say("(ask something first; then /fix TEXT says what is right)")
             return
-        self.learner.observe([Example((("user", self.question), ("assistant", answer)), source="assistant")])
+        report = self.learner.observe([Example((("user", self.question), ("assistant", answer)), source="assistant")])
+        if report.bad:
+            self.say(f"({report.bad[0][1]})")
+            return
         self.corrected[self.question] = answer
         self.is_anything_new = True
         self.say("(to be learned)")

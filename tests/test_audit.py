@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edgecl.audit import Finding, audit
+from edgecl.audit import CHANGED, Finding, audit
 from edgecl.cli import cli
 from edgecl.generations import Generations, Manifest, now, sha256_file
 from edgecl.profile import Settings
@@ -169,3 +169,12 @@ def test_verify_at_the_terminal(home: Path) -> None:
     facts = json.loads(out)
     assert (code, error, facts["sound"]) == (1, "", False)
     assert facts["findings"][0]["path"] == "generations/0003/adapter.gguf"
+
+
+def test_an_asker_that_forgetting_deleted_is_no_loss_and_a_changed_one_is(home: Path) -> None:
+    files = json.loads((home / "generations/0004/manifest.json").read_text())["files"]
+    rewrite(home, 4, files=files | {"asker.gguf": "0" * 64})
+    report = audit(home, KEEP)
+    assert not report.findings and "generations/0004/asker.gguf" in report.dropped
+    (home / "generations/0004/asker.gguf").write_bytes(b"another")
+    assert [problem for _, problem in findings(home)] == [CHANGED]

@@ -69,6 +69,14 @@ def test_what_is_refused_and_why(result: TaskResult, reason: str | None) -> None
     assert reason is None or said[0].startswith(reason)
 
 
+def test_rows_of_a_large_night_need_not_be_known_by_heart() -> None:
+    rows = replace(SMALL, n_rows=40, accuracy_after=0.2)
+    assert reasons(rows)[0].startswith("default: 20% of tonight's rows")
+    assert judge([rows], 4.0, 4.0, GateSettings(), is_small=False).accepted
+    (reason,) = judge([replace(rows, loss_high=0.1)], 4.0, 4.0, GateSettings(), is_small=False).reasons
+    assert reason.startswith("default: no gain on 40 learned rows")
+
+
 @pytest.mark.parametrize(
     ("prose", "refused"), [(-1.0, False), (0.0, False), (0.3, False), (0.41, True), (NAN, True), (math.inf, True)]
 )

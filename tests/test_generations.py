@@ -74,6 +74,18 @@ def test_rolling_back_deletes_nothing_and_the_next_night_goes_on_from_there(gene
     assert generations.current().model.read_bytes() == b"model 2"
 
 
+def test_what_was_rolled_back_is_unknown_and_where_ancestors_are_hidden_nothing_is(generations: Generations) -> None:
+    assert generations.unknown(generations.current()) == set()
+    for _ in range(3):
+        publish(generations)
+    generations.point(1)
+    assert publish(generations) == 4
+    assert [generations.unknown(generations.load(number)) for number in (0, 1, 3, 4)] == [{1, 2, 3, 4}, {2, 3, 4}, {4}, {2, 3}]
+    publish(generations)
+    (generations.folder / "0004/manifest.json").write_text("{")
+    assert generations.unknown(generations.current()) == set()
+
+
 def test_a_moved_home_serves_on(generations: Generations, tmp_path: Path) -> None:
     publish(generations)
     generations.home.rename(tmp_path / "elsewhere")

@@ -172,13 +172,12 @@ def rollback(home: Path | None, number: int | None, as_json: bool) -> None:
     """Serve generation NUMBER again (default: the parent of the one that serves); nothing is deleted."""
     with Learner(home) as learner:
         target = learner.rollback(number)
-        known = {night.number for night in learner.generations.lineage(target)}
-        n_unknown = sum(row.generation not in known for row in learner.store.rows("replay"))
-    if as_json:
-        print_json({"generation": target.number})
-    else:
+        if as_json:
+            print_json({"generation": target.number})
+            return
         click.echo(f"generation {target.number} serves")
-        if n_unknown:
+        unknown = learner.generations.unknown(target)
+        if n_unknown := sum(row.generation in unknown for row in learner.store.rows("replay")):
             click.echo(
                 f"{n_unknown} kept rows of nights that it does not know are not rehearsed until one of those serves again"
             )

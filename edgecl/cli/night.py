@@ -88,10 +88,12 @@ def print_report(report: AdaptReport) -> None:
     out.print(f"plan        {train['plan']}; took {train['train_s']:.0f} s, {size(train['peak_rss_bytes'])}")
     for key, what in (
         ("n_cut", "longer than the context, cut from the left"),
-        ("n_left_out", "without an answer that fits, left out; new ones among them are archived, not learned"),
+        ("n_left_out", "without an answer that fits, left out"),
     ):
         if train[key]:
             out.print(f"rows        {train[key]} {what}")
+    if report.accepted and train["left_out"]:
+        out.print(f"archived    {len(train['left_out'])} new ones of these, not learned")
     otherwise = f", {report.n_reworded} other wordings" if report.n_reworded else ""
     asking = f", learned to ask {report.ask_s:.0f} s" if report.ask_s else ""
     out.print(
