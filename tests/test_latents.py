@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_those_without_a_cache(tmp_path, architecture):
         results = []
         for cache in (None, found, found):  # computed, then read back
             lora.flat.grad.zero_()
-            loss = losses(decoder, lora, PREFIX, ROWS, None, cache).answers
+            loss = losses(decoder, lora, PREFIX, ROWS, None, cache).answers.sum()
             loss.backward()
             results.append((loss.item(), lora.flat.grad.clone()))
         assert found.n_computed == len(ROWS) + 1 and found.n_found >= len(ROWS)

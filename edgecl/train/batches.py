@@ -80,7 +80,7 @@ def night_batches(
     batches: list[list[TrainRow]] = []
     for new in passes:
         begun: list[list[TrainRow]] = [[] for _ in range(-(-len(new) // batch_rows))]
-        _deal([new[i] for i in rng.permutation(len(new))], begun, batch_rows)
+        deal([new[i] for i in rng.permutation(len(new))], begun, batch_rows)
         batches += [begun[i] for i in rng.permutation(len(begun))]
     share = 0
     if batches and replay:
@@ -89,11 +89,11 @@ def night_batches(
     walk: list[TrainRow] = []
     while share and len(walk) < share * len(batches):
         walk += [replay[i] for i in rng.permutation(len(replay))]
-    _deal(walk[: share * len(batches)], [batches[i] for i in rng.permutation(len(batches))], share)
+    deal(walk[: share * len(batches)], [batches[i] for i in rng.permutation(len(batches))], share)
     return batches
 
 
-def _deal(rows: Sequence[TrainRow], batches: list[list[TrainRow]], n_each: int) -> None:
+def deal(rows: Sequence[TrainRow], batches: Sequence[list[TrainRow]], n_each: int) -> None:
     """Add at most `n_each` rows to each batch: the longest first, each to the batch with the fewest tokens."""
     smallest = [(sum(len(row.ids) for row in batch), i, n_each) for i, batch in enumerate(batches)]
     heapq.heapify(smallest)

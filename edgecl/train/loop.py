@@ -29,9 +29,10 @@ from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
 from .latents import Latents, LatentStore
 from .lora import Lora
-from .losses import Anchor, anchors, losses
+from .losses import anchors, answer_loss, backward
 from .optimizer import AdamW
 from .plan import Plan, Typical, forget_kernels, plan_memory, plan_time
+from .rehearsal import EVENLY, RECIPE, Rehearsal
 from .schedule import learning_rate
 from .shape import read_shape
 from .weights import placement
@@ -150,11 +151,13 @@ class _Run:
                 f"none of {len(new)} rows has an answer that fits into {limits.n_ctx} tokens; raise n_ctx, or shorten answers"
             )
         self.batches = self._batches()
+        self.rehearsal, self.evenly_until = Rehearsal(self.replay), round(EVENLY * len(self.batches))
         self.prefix = shared_prefix([row for batch in self.batches for row in batch])
         self.place = placement()
         n_held = math.ceil(len(self.batches) / EVERY)
         texts = list(night.anchor)[:n_held] if settings.anchor_weight else []
-        found = read_checkpoint(night.checkpoint, self._facts()) if night.checkpoint else None
+        self.facts = self._facts()  # of the rows as they are dealt now: some are dealt again
+        found = read_checkpoint(night.checkpoint, self.facts) if night.checkpoint else None
 
         longest_text = max((len(ids) for ids in texts), default=0)
         shape = read_shape(gguf)
@@ -240,7 +243,7 @@ class _Run:
 
     def _facts(self) -> Facts:
         """Return what this run depends on; limits change where it stops, not where it goes."""
-        digest = hashlib.blake2b(json.dumps(asdict(self.settings)).encode(), digest_size=16)
+        digest = hashlib.blake2b(json.dumps([asdict(self.settings), RECIPE]).encode(), digest_size=16)
         for row in (row for batch in self.batches for row in batch):
             digest.update(np.array([len(row.ids), *row.ids, *row.supervised], np.int64).tobytes())
         for name, pair in self.night.start.pairs.items() if self.night.start else ():
@@ -263,6 +266,9 @@ class _Run:
         report.heldout = {int(step): loss for step, loss in progress["heldout"].items()}
         report.stopped_early = progress.get("stopped_early", False)
         report.resumed_at, self.spent_s = report.steps, progress["train_s"]
+        self.rehearsal.met, self.rehearsal.lost = progress["met"], progress["lost"]
+        if report.steps > self.evenly_until:
+            self.rehearsal.deal_again(self.batches, self.evenly_until, self.settings.seed)
 
     def _save(self, train_s: float) -> None:
         if self.night.checkpoint is None:
@@ -273,13 +279,13 @@ class _Run:
             name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout", "stopped_early")
         }
         progress |= {"train_s": train_s, "first_layer": plan.first_layer, "micro_tokens": plan.micro_tokens}
-        progress["seconds"] = plan.seconds
+        progress |= {"seconds": plan.seconds, "met": self.rehearsal.met, "lost": self.rehearsal.lost}
         if self.averaged is not None:
             tensors["averaged"] = self.averaged
         if self.best is not None:
             progress["best"], tensors["best"] = self.best
         write_checkpoint(
-            self.night.checkpoint, self._facts(), {name: tensor.cpu() for name, tensor in tensors.items()}, progress
+            self.night.checkpoint, self.facts, {name: tensor.cpu() for name, tensor in tensors.items()}, progress
         )
 
     # --- steps --------------------------------------------------------------------------------------------------------
@@ -317,11 +323,16 @@ class _Run:
         settings = self.settings
         turn, rest = divmod(step, EVERY)
         held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
+        if step == self.evenly_until:
+            self.rehearsal.deal_again(self.batches, step, settings.seed)
         rows = self.batches[step]
         if step % AHEAD == 0 or step == self.report.resumed_at:
             self._look_ahead(step - step % AHEAD)
         weight = settings.anchor_weight * EVERY
-        value = backward(self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents)
+        each = backward(self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents)
+        value = sum(each) / len(rows)
+        if step < self.evenly_until:
+            self.rehearsal.note(step, rows, each)
         norm = self.optimizer.clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise Diverged(
@@ -362,35 +373,6 @@ class _Run:
             with torch.no_grad():
                 self.lora.flat.copy_(flat)
         return self.lora.adapter(), self.report
-
-
-def backward(
-    decoder: Decoder,
-    lora: Lora,
-    prefix: list[int],
-    rows: list[TrainRow],
-    anchor: Anchor | None,
-    anchor_weight: float,
-    micro_tokens: int,
-    latents: Latents | None = None,
-) -> float:
-    """Add the gradient of a batch, in parts of at most `micro_tokens`; return its rows' mean answer loss in nats."""
-    total = 0.0
-    for part in micro_batches(rows, len(prefix), micro_tokens):
-        answers, drift = losses(decoder, lora, prefix, part, anchor, latents)
-        (answers / len(rows) + anchor_weight * drift).backward()
-        total += answers.item()
-        anchor = None  # once a batch
-    return total / len(rows)
-
-
-@torch.no_grad()
-def answer_loss(decoder: Decoder, lora: Lora | None, rows: Sequence[TrainRow], micro_tokens: int) -> float:
-    """Return the mean answer loss of rows, of each the mean over its tokens, in nats."""
-    prefix = shared_prefix(rows)
-    parts = micro_batches(rows, len(prefix), micro_tokens)
-    total = sum(losses(decoder, lora, prefix, part, None).answers.item() for part in parts)
-    return total / len(rows)
 
 
 def _threads_beside_the_assistant() -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .batches import TrainRow
+from .batches import TrainRow, micro_batches, shared_prefix
 from .decoder import Decoder
 from .forward import hidden_states
 from .latents import VERSION, Latents, LatentStore
@@ -84,8 +84,8 @@ class Losses(NamedTuple):
     """Losses in nats.
 
     Attributes:
-        answers: summed over the rows, of each the mean over the tokens of its answers: a long answer counts as much as a
-            short one, in training as in measuring.
+        answers: (B,) of each row, the mean over the tokens of its answers: a long answer counts as much as a short one, in
+            training as in measuring.
         drift: the anchor's KL divergence per token.
     """
 
@@ -124,8 +124,37 @@ def losses(
     each: torch.Tensor = _Losses.apply(hidden, torch.cat(targets), torch.tensor(tokens, device=hidden.device), weights)
     of_answers, of_anchor = each.split([n_answers, n_anchor])
     drift = of_anchor.mean() - anchor.entropy if anchor is not None else each.new_zeros(())
-    shares = torch.tensor([1 / row.n_predicted for row in rows for _ in range(row.n_predicted)], dtype=torch.float32)
-    return Losses(of_answers @ shares.to(each.device), drift)
+    means = [part.mean() for part in of_answers.split([row.n_predicted for row in rows])]
+    return Losses(torch.stack(means), drift)
+
+
+def backward(
+    decoder: Decoder,
+    lora: Lora,
+    prefix: list[int],
+    rows: list[TrainRow],
+    anchor: Anchor | None,
+    anchor_weight: float,
+    micro_tokens: int,
+    latents: Latents | None = None,
+) -> list[float]:
+    """Add the gradient of a batch, in parts of at most `micro_tokens`; return the answer loss of each row in nats."""
+    each: list[float] = []
+    for part in micro_batches(rows, len(prefix), micro_tokens):
+        answers, drift = losses(decoder, lora, prefix, part, anchor, latents)
+        (answers.sum() / len(rows) + anchor_weight * drift).backward()
+        each += answers.tolist()
+        anchor = None  # once a batch
+    return each
+
+
+@torch.no_grad()
+def answer_loss(decoder: Decoder, lora: Lora | None, rows: Sequence[TrainRow], micro_tokens: int) -> float:
+    """Return the mean answer loss of rows, of each the mean over its tokens, in nats."""
+    prefix = shared_prefix(rows)
+    parts = micro_batches(rows, len(prefix), micro_tokens)
+    total = sum(losses(decoder, lora, prefix, part, None).answers.sum().item() for part in parts)
+    return total / len(rows)
 
 
 def _answers(weights: Weights, rows: Sequence[TrainRow]) -> tuple[list[int], list[torch.Tensor]]:
