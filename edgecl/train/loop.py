@@ -284,9 +284,7 @@ class _Run:
             tensors["averaged"] = self.averaged
         if self.best is not None:
             progress["best"], tensors["best"] = self.best
-        write_checkpoint(
-            self.night.checkpoint, self.facts, {name: tensor.cpu() for name, tensor in tensors.items()}, progress
-        )
+        write_checkpoint(self.night.checkpoint, self.facts, {name: tensor.cpu() for name, tensor in tensors.items()}, progress)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
