@@ -178,9 +178,7 @@ def rollback(home: Path | None, number: int | None, as_json: bool) -> None:
         click.echo(f"generation {target.number} serves")
         unknown = learner.generations.unknown(target)
         if n_unknown := sum(row.generation in unknown for row in learner.store.rows("replay")):
-            click.echo(
-                f"{n_unknown} kept rows of nights that it does not know are not rehearsed until one of those serves again"
-            )
+            click.echo(f"kept rows of nights that it does not know: {n_unknown}, not rehearsed until one of those serves again")
 
 
 COMMANDS = (init, observe, ask, status, history, rollback)
