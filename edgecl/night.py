@@ -27,7 +27,7 @@ from .child import Limits, Progress, run_stage
 from .data import Example
 from .errors import Diverged, EdgeclError, NotNow, StageError
 from .gate import TaskResult, judge
-from .generations import Generation, Generations, Manifest, now, sha256_file, unpublished
+from .generations import ASKER, Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import KLD, Meter, mean_loss, record_of
 from .metrics import survival
 from .profile import Profile, Settings
@@ -137,7 +137,8 @@ class Night:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
             self._train(draft, yesterday, new, replay, self._write(yesterday, new))
-            parts = _without(parts, {new[i].example.hash for i in report.train["left_out"]})
+            left_out = [new[i] for i in report.train["left_out"]]
+            parts = _without(parts, left_out)
             learned = [row for part in parts if part.learning for row in part.rows]
             report.losses["before"] = mean_loss(before, learned)
             tonight = self._merge(draft, learned)
@@ -171,7 +172,7 @@ class Night:
             report.reason = report.verdict
             self.store.record_night(None, False, report.reason, report.as_dict())
             return self._refuse(draft)
-        self._publish(draft, tonight, yesterday, new)
+        self._publish(draft, tonight, yesterday, new, left_out)
         self._forget_run()
         return report
 
@@ -243,7 +244,7 @@ class Night:
             "runs": str(self._runs),
             "adapter_gguf": str(draft / "adapter.gguf"),
             "adapter_peft": str(draft / "adapter"),
-            "asker_gguf": str(draft / "asker.gguf") if self.settings.replay.written else None,
+            "asker_gguf": str(draft / ASKER) if self.settings.replay.written else None,
         }
         result, peak = run_stage("train", request, self.limits, self.progress)
         report = self.report
@@ -291,10 +292,11 @@ class Night:
         self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
         return _draft(draft, path, None), result
 
-    def _publish(self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored]) -> None:
+    def _publish(
+        self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored], left_out: list[Stored]
+    ) -> None:
         report, number = self.report, self.generations.next_number()
-        left_out = {new[i].id for i in report.train["left_out"]}
-        learned = [row for row in new if row.id not in left_out]
+        learned = [row for row in new if row not in left_out]
         kept = kept_ids(learned, self.settings.replay.share, number)
         report.accepted, report.generation, report.n_kept = True, number, len(kept)
         write_atomic(draft / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
@@ -314,7 +316,7 @@ class Night:
         published = self.generations.publish(draft, manifest)
         self.store.rename_scores(tonight.hash, published.hash)
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
-        self.store.set_aside(left_out)
+        self.store.set_aside([row.id for row in left_out])
         self.store.record_night(number, True, report.reason, report.as_dict())
         self.generations.drop_old_models(self.settings.keep_models)
 
@@ -357,9 +359,10 @@ def _part(kind: str, learning: bool, rows: Sequence[Stored]) -> Part:
     return Part(rows[0].example.task, kind, learning, [row.example for row in rows])
 
 
-def _without(parts: Sequence[Part], left_out: set[str]) -> list[Part]:
-    """Return parts without rows, by their hash, that no training could use, and without those that have no others."""
-    kept = [replace(part, rows=[row for row in part.rows if row.hash not in left_out]) for part in parts]
+def _without(parts: Sequence[Part], left_out: Sequence[Stored]) -> list[Part]:
+    """Return parts without rows that no training could use, and without those that have no others."""
+    gone = [row.example for row in left_out]
+    kept = [replace(part, rows=[row for row in part.rows if row not in gone]) for part in parts]
     return [part for part in kept if part.rows]
 
 

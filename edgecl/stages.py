@@ -93,8 +93,9 @@ def write_stage(request: Request, report: Report) -> Request:
 
     written: list[Any] = []
     asked = [question_of(example_from(record)) for record in request["reword"]]
-    total = sum(writer["n"] for writer in request["writers"]) + len(asked)
-    ends, n_left = time.monotonic() + request["seconds"], total - len(asked) + ROWS_A_WORDING * len(asked)
+    n_rows = sum(writer["n"] for writer in request["writers"])
+    total, n_left = n_rows + len(asked), n_rows + ROWS_A_WORDING * len(asked)
+    ends = time.monotonic() + request["seconds"]
 
     def say(done: int, _: int) -> None:
         report(len(written) + done, total, "rows")

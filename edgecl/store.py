@@ -102,40 +102,39 @@ class Store:
         """
         report = Added()
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        added: dict[str, list[int]] = {}
+        tasks: set[str] = set()
         with self._transaction():
+            last = self._db.execute("select coalesce(max(id), 0) from examples").fetchone()[0]
             for example in examples:
-                if row_id := self._add_one(example, now, report, replace):
-                    added.setdefault(example.task, []).append(row_id)
-            for task, ids in sorted(added.items()):
-                report.heldout += self._hold_out(task, ids, heldout_share)
+                self._add_one(example, now, report, replace)
+                tasks.add(example.task)
+            for task in sorted(tasks):
+                report.heldout += self._hold_out(task, last, heldout_share)
         if report.replaced:
             self._empty_log()
         return report
 
-    def _add_one(self, example: Example, now: str, report: Added, replace: bool) -> int:
-        """Return the id of an example that was added, 0 of one that is known."""
+    def _add_one(self, example: Example, now: str, report: Added, replace: bool) -> None:
         table = self._db.table("examples")
         is_asked = self._count("prompt_hash = ?", [example.prompt_hash])
         if self._count("hash = ?", [example.hash]) or (is_asked and not replace):
             report.duplicates += 1
-            return 0
+            return
         report.added += 1
         if is_asked:
             report.replaced += 1
             table.delete_where("prompt_hash = ?", [example.prompt_hash])
-        row_id = table.insert(columns_of(example) | {"role": "pending", "created": now}).last_pk
-        return int(row_id or 0)
+        table.insert(columns_of(example) | {"role": "pending", "created": now})
 
-    def _hold_out(self, task: str, added: list[int], share: float) -> int:
-        """Move rows of a task that were just added to heldout until its quota is met; which ones is decided by their hash."""
-        n_added = self._count("task = ? and id >= ?", [task, added[0]])  # some may have been replaced by others since
+    def _hold_out(self, task: str, last: int, share: float) -> int:
+        """Move rows of a task that came after id `last` to heldout until its quota is met; their hash decides which."""
+        n_added = self._count("task = ? and id > ?", [task, last])
         n_heldout = self._count("task = ? and role = 'heldout'", [task])
         missing = max(0, heldout_quota(n_added + n_heldout, share) - n_heldout)
         self._db.execute(
             "update examples set role = 'heldout' where id in "
-            "(select id from examples where task = ? and id >= ? order by hash limit ?)",
-            [task, added[0], missing],
+            "(select id from examples where task = ? and id > ? order by hash limit ?)",
+            [task, last, missing],
         )
         return missing
 

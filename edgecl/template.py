@@ -7,10 +7,11 @@ the template puts after it is not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2.sandbox
@@ -179,21 +180,20 @@ def _raise(message: str) -> None:
     raise DataError(message)
 
 
-def chat_template(gguf: GgufFile) -> ChatTemplate:
-    """Return how a base turns chats into text.
-
-    Raises:
-        EdgeclError: the file has no chat template.
-    """
-    text, names = _template(gguf)
-    return ChatTemplate(text, **names)
-
-
 def template_of(base: str) -> ChatTemplate | None:
-    """Return how a base turns chats into text; None where it cannot be read."""
-    with suppress(ConvertError, EdgeclError), GgufFile(base) as gguf:
-        return chat_template(gguf)
+    """Return how a base turns chats into text; None where it cannot be read. Read once, until the file is another."""
+    with suppress(OSError, ConvertError, EdgeclError):
+        stat = os.stat(base)
+        return _read(base, stat.st_size, stat.st_mtime_ns)
     return None
+
+
+@lru_cache(maxsize=1)
+def _read(base: str, n_bytes: int, mtime_ns: int) -> ChatTemplate:
+    """Return the template of a file of this size and time: reading the tokens that it may name takes 50 ms."""
+    with GgufFile(base) as gguf:
+        text, names = _template(gguf)
+    return ChatTemplate(text, **names)
 
 
 def chat_format(gguf: GgufFile, vocab: Any) -> ChatFormat:

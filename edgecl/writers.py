@@ -21,7 +21,7 @@ from edgecl_convert import GgufFile
 from edgecl_convert.ggml import FLOAT_TYPES, QType, bf16_is_fast, bits_per_weight
 
 from .errors import GenerationError
-from .generations import Generation, Generations, check_files
+from .generations import ASKER, Generation, Generations, check_files
 from .measure import record_of
 from .rows import Stored
 from .store import Store
@@ -100,7 +100,7 @@ class Writers:
         n_near = min(self.at_most, NEAR_A_ROW * len(small), MAX_NEAR)
         parts: list[tuple[Path, Path | None, Path | None, int, list[Any]]] = [(Path(self.base), None, None, n - of_nights, [])]
         for night, first, last in zip(shuffled, [0, *upto], upto, strict=False):
-            adapter, asker = night.folder / "adapter.gguf", night.folder / "asker.gguf"
+            adapter, asker = night.folder / "adapter.gguf", night.folder / ASKER
             parts.append((Path(self.base), adapter, asker if self._is_whole(asker) else adapter, last - first, []))
         parts.append((newest.model, newest.adapter, newest.adapter, n_near, small))
         return [

@@ -117,14 +117,14 @@ def write_rows(
 
     began, through = time.monotonic(), _Through(engine, before, n_slots)
     begun = map(Written, itertools.islice(_beginnings(near, rng), 2 * n))
-    through.until = began + ASKING * seconds
-    asked, n_tokens = through.take(begun, [], n, int(ASKING * TOKENS_A_ROW * n), ask, lambda done: progress(done // 2, n))
+    n_tokens, until = int(ASKING * TOKENS_A_ROW * n), began + ASKING * seconds
+    asked, n_taken = through.take(begun, [], n, n_tokens, until, ask, lambda done: progress(done // 2, n))
     then()
-    through.until = began + seconds
-    questions, n_left = {tuple(row.asked): row for row in asked}, TOKENS_A_ROW * n - n_tokens
+    questions, n_left = {tuple(row.asked): row for row in asked}, TOKENS_A_ROW * n - n_taken
     rows, _ = through.take(
-        iter(questions.values()), after, n, n_left, answer, lambda done: progress((len(asked) + done) // 2, n)
-    )
+        iter(questions.values()), after, n, n_left, began + seconds, answer,
+        lambda done: progress((len(asked) + done) // 2, n),
+    )  # fmt: skip
     answered = {tuple(row.asked): row for row in rows}
     return [answered[question] for row in asked if (question := tuple(row.asked)) in answered]
 
@@ -140,30 +140,33 @@ def _beginnings(near: Sequence[Sequence[int]], rng: np.random.Generator) -> Iter
 
 @dataclass
 class _Through:
-    """Rows on their way through a model, in the slots of its cache, all behind the same tokens.
-
-    Attributes:
-        until: no row begins after this time, of the monotonic clock.
-    """
+    """Rows on their way through a model, in the slots of its cache, all behind the same tokens."""
 
     engine: Engine
     before: Sequence[int]
     n_slots: int
-    until: float = math.inf
 
     def take(
-        self, rows: Iterator[Written], after: Sequence[int], n: int, n_tokens: int, go_on: _Take, said: Callable[[int], None]
+        self,
+        rows: Iterator[Written],
+        after: Sequence[int],
+        n: int,
+        n_tokens: int,
+        until: float,
+        go_on: _Take,
+        said: Callable[[int], None],
     ) -> tuple[list[Written], int]:
         """Return the first n rows that come to an end, and how many tokens they took; none begins after `n_tokens`.
 
         Args:
             after: what a row's question is followed by.
+            until: none begins after this time of the monotonic clock either.
         """
         engine, drafts, out, n_taken = self.engine, dict[int, _Draft](), list[Written](), 0
         engine.clear()
         engine.feed(self.before[:-1], 0, engine.n_seq)
         while True:
-            is_late = time.monotonic() > self.until
+            is_late = time.monotonic() > until
             for slot in range(self.n_slots):
                 is_wanted = slot not in drafts and len(out) + len(drafts) < n and n_taken < n_tokens and not is_late
                 if is_wanted and (row := next(rows, None)) is not None:

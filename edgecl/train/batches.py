@@ -31,6 +31,11 @@ class TrainRow:
     reworded: list[TrainRow] = field(default_factory=list)
 
     @property
+    def answer(self) -> list[int]:
+        """Tokens of answers, those of several one after the other."""
+        return [token for token, is_answer in zip(self.ids, self.supervised, strict=True) if is_answer]
+
+    @property
     def n_predicted(self) -> int:
         """Number of tokens of answers."""
         return sum(self.supervised)

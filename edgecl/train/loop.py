@@ -195,12 +195,14 @@ class _Run:
         kept = []
         for i, row in enumerate(rows):
             cut = usable(row, self.limits.n_ctx)
-            self.report.n_left_out += cut is None
-            self.report.left_out += [i] if cut is None and kind == "new" else []
-            self.report.n_cut += cut is not None and cut is not row
-            if cut is not None:
-                kept.append(cut)
-                self.names |= {id(one): f"{kind} {i + 1}" for one in (cut, *cut.reworded)}
+            if cut is None:
+                self.report.n_left_out += 1
+                if kind == "new":
+                    self.report.left_out.append(i)
+                continue
+            self.report.n_cut += cut is not row
+            kept.append(cut)
+            self.names |= {id(one): f"{kind} {i + 1}" for one in (cut, *cut.reworded)}
         return kept
 
     def _batches(self) -> list[list[TrainRow]]:

@@ -161,7 +161,7 @@ def _answers(weights: Weights, rows: Sequence[TrainRow]) -> tuple[list[int], lis
     """Return the tokens of all answers and, by row, the head's rows (n, D) of them, or their mean where more were likely."""
     tokens, targets = [], []
     for row in rows:
-        ids = [token for token, is_answer in zip(row.ids, row.supervised, strict=True) if is_answer]
+        ids = row.answer
         if row.likely:
             ids = [NO_TOKEN] * len(ids)
             shares = torch.tensor([[share for _, share in choices] for choices in row.likely])  # (n, K)

@@ -61,7 +61,7 @@ class Rehearsal:
     def _times(self, n: int, since: float, rng: np.random.Generator) -> NDArray[np.int64]:
         """Return how often each row comes back in n places, by what its answer has lost since a step."""
         lately: dict[tuple[int, ...], list[float]] = defaultdict(list)
-        answers = [_answer(row) for row in self.rows]
+        answers = [tuple(row.answer) for row in self.rows]
         met, own = np.array(self.met), np.array(self.lost)
         for answer, step, nats in zip(answers, self.met, self.lost, strict=True):
             if step >= since:
@@ -90,10 +90,6 @@ def shared_out(n: int, share: NDArray[np.float64], most: int, rng: np.random.Gen
     if left:
         whole[rng.choice(len(share), left, replace=False, p=chance / chance.sum())] += 1
     return whole
-
-
-def _answer(row: TrainRow) -> tuple[int, ...]:
-    return tuple(token for token, is_answer in zip(row.ids, row.supervised, strict=True) if is_answer)
 
 
 def _entropy(row: TrainRow) -> float:
