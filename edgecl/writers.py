@@ -39,7 +39,7 @@ def base_copy(base: GgufFile, ram_bytes: int) -> tuple[str, int]:
     """Return type and bytes of the copy of a base that writers run from; "" and 0: from the base itself.
 
     For some block types, such as Q4_1, llama.cpp has no kernels for many rows at once. A copy in bfloat16, where the CPU
-    multiplies it in hardware, is what training computes with; one in INT8 is rounded from that by less than what is served.
+    multiplies that fast, is what training computes with; one in INT8 is rounded from that by less than what is served.
     """
     n_weights: Counter[QType] = Counter()
     for info in base.tensors.values():

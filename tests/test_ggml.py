@@ -261,11 +261,19 @@ def test_a_minimum_far_above_the_step_is_the_exception_of_q4_1() -> None:
     assert np.abs(dequantize(again, QType.Q4_1, 32) - decoded).max() <= 2 * np.spacing(np.float32(minimum))
 
 
-def test_bfloat16_is_fast_where_the_processor_says_that_it_multiplies_it(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    assert not ggml.bf16_is_fast(cpuinfo), "nothing is known"
-    cpuinfo.write_text("flags : avx512f avx512_bf16x\n")
-    assert not ggml.bf16_is_fast(cpuinfo)
-    for line in ("flags\t\t: fpu avx512_bf16 sse2\n", "Features\t: fp asimd bf16\n", "flags\t\t: amx_bf16\n"):
-        cpuinfo.write_text(line)
-        assert ggml.bf16_is_fast(cpuinfo)
+@pytest.mark.parametrize(
+    ("cpuinfo", "is_fast"),
+    [
+        (None, False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16 sse2\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16x\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 sse2\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+    ],
+)
+def test_bfloat16_is_fast_where_the_processor_has_more_of_it_than_of_float32(tmp_path, cpuinfo, is_fast):
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    assert ggml.bf16_is_fast(path) == is_fast
