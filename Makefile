@@ -1,6 +1,6 @@
 # make demo   the whole story on the packaged model; results in OUT (default demo-out)
 # make test   all tests          make check   formatting, lint, types
-# make faults   kills, full disks, damaged files: half an hour; results in faults-out; KIND="kill step" runs some kinds
+# make faults   kills, full disks, damaged files: about 40 minutes; results in faults-out; KIND="kill step" runs some kinds
 # make venv   only install, into .venv         make clean   remove caches and builds (rm -rf .venv starts over)
 #
 # The first call compiles llama.cpp; every later one starts at once, unless pyproject.toml or constraints.txt changed.

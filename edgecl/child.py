@@ -158,9 +158,11 @@ class _Watch:
             while not self._done.wait(0.1):
                 self.peak_rss_bytes = max(self.peak_rss_bytes, child.memory_info().rss)
                 if self.peak_rss_bytes > self._limits.ram_bytes:
-                    self._end(f"took more than {self._limits.ram_bytes / 1e9:.1f} GB of memory; raise ram_bytes")
+                    self._end(
+                        f"took more than {self._limits.ram_bytes / 1e9:.1f} GB of memory; raise ram_bytes (profile, `--ram`)"
+                    )
                 elif time.monotonic() > end:
-                    self._end(f"took longer than {self._limits.seconds / 60:.1f} minutes; raise minutes")
+                    self._end(f"took longer than {self._limits.seconds / 60:.1f} minutes; raise minutes (profile, `--minutes`)")
                 elif time.monotonic() > self._patience_ends:
                     self._process.kill()
                 elif not self.yielding:

@@ -26,7 +26,7 @@ from .lock import night_lock
 from .measure import KLD, Meter, by_task
 from .night import AdaptReport, Night
 from .places import default_home, find_model, open_home
-from .profile import PRECISIONS, Profile, Settings, load_profile, served_at
+from .profile import PRECISIONS, Profile, Settings, load_profile, profile_name, served_at
 from .rebuild import restore
 from .redact import redact
 from .rows import ObserveReport
@@ -97,6 +97,7 @@ class Learner:
         """
         place = Path(home) if home else default_home()
         path = find_model(model)
+        profile = profile_name(profile)
         limits = load_profile(profile)
         quant = served_at(precision) if precision else quant or limits.quant
         with translated(), open_source(path) as source:

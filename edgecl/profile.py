@@ -302,6 +302,11 @@ def resource_folder(name: str) -> Path:
     return installed if installed.is_dir() else here.parent / name
 
 
+def profile_name(typed: str) -> str:
+    """Return a profile's name as a home keeps it: the path of a file is made whole, because nights start in other folders."""
+    return str(Path(typed).resolve()) if typed.endswith(".toml") else typed
+
+
 def load_profile(name: str) -> Profile:
     """Read a profile by its name, or by the path of a TOML file.
 

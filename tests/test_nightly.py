@@ -387,3 +387,12 @@ def test_init_says_which_profile_it_took_and_takes_its_quant(tmp_path: Path, bas
     assert code == 0 and (facts["profile"], facts["quant"]) == ("raspberry-pi-5", "int4"), error
     code, out, _ = run(tmp_path / "three", "init", base, "--profile", "raspberry-pi-5", "--quant", "int8")
     assert code == 0 and "will serve int8" in out and "its profile is raspberry-pi-5\n" in out
+
+
+def test_a_profile_of_ones_own_is_found_from_every_folder(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.toml").write_text("ram_bytes = 1_234_000_000\n")
+    monkeypatch.chdir(tmp_path)
+    Learner.init(base, tmp_path / "home", profile="mine.toml").close()
+    monkeypatch.chdir("/")
+    with Learner(tmp_path / "home") as learner:
+        assert learner.profile.ram_bytes == 1_234_000_000

@@ -109,5 +109,5 @@ def test_keep_kv8_widens_keys_and_values_of_few_bits_alone(tmp_path: Path) -> No
 def test_other_quants_are_the_conversion_stages_own_names(tmp_path: Path) -> None:
     with one_of_each(tmp_path / "m.gguf", **{Q: (QType.F16, 64)}) as base:
         assert [resolve_quant(name, base) for name in ("keep", "q4_0", "F16", "q4_k_m")] == ["keep", "Q4_0", "F16", "Q4_K_M"]
-        with pytest.raises(UnsupportedError, match=r"quant must be one of keep, .*; got int3"):
+        with pytest.raises(UnsupportedError, match=r"quant must be one of int8, int4, keep, .*; got int3"):
             resolve_quant("int3", base)

@@ -373,6 +373,7 @@ REFUSED = {
     "end_of_word_suffix is '</w>'": broken(model={"end_of_word_suffix": "</w>"}),
     "id 0 is two tokens": broken(model={"vocab": {"a": 0, "b": 0}, "merges": []}),
     "has a NUL": with_added(content="a\0"),
+    "two ids have the text '<|im_start|>'": with_added(content="<|im_start|>"),
     'has no "model"': {"version": "1.0", "added_tokens": []},
     "is not built as a tokenizer.json": broken(added_tokens=[{"content": "<|im_end|>"}]),
     "its post-processor adds the tokens": broken(

@@ -248,7 +248,7 @@ class GgufFile:
             GgufError: the field is missing.
         """
         if key not in self._fields:
-            raise GgufError(self.path, f"lacks the field {key}")
+            raise GgufError(self.path, f"lacks the field {key}; download or convert the model again")
         return self.get(key)
 
     def raw_field(self, key: str) -> bytes:

@@ -195,7 +195,7 @@ class HfModel:
             ConvertError: the field is missing.
         """
         if key not in self._fields:
-            raise ConvertError(f"{self.path}: lacks the field {key}")
+            raise ConvertError(f"{self.path}: lacks the field {key}; download the model again")
         return self._fields[key]
 
     def raw_field(self, key: str) -> bytes:

@@ -57,7 +57,7 @@ class Recipe:
         name = quant if quant in _KEEPING else quant.upper()
         if name in (*_KEEPING, *MIXTURES) or name in (t.name for t in _WRITABLE):
             return cls(name)
-        allowed = ", ".join([*_KEEPING, *(t.name for t in _WRITABLE), *MIXTURES])
+        allowed = ", ".join(["int8", "int4", *_KEEPING, *(t.name for t in _WRITABLE), *MIXTURES])
         raise UnsupportedError(f"quant must be one of {allowed}; got {quant}")
 
     def qtype(self, info: TensorInfo, n_layer: int, tied: bool) -> QType:

@@ -7,6 +7,7 @@ what llama.cpp would compute differently is refused in one line, or listed by `V
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ def _tokens(tokenizer: HfTokenizer, served: Served) -> tuple[list[str], list[Tok
     if nul := [text for text in known if "\0" in text]:
         raise UnsupportedError(f"{tokenizer.path}: the token {nul[0]!r} has a NUL; llama.cpp reads a token up to that")
     if len(known) < n_used:
-        raise ConvertError(f"{tokenizer.path}: two ids have the same text, which llama.cpp does not take")
+        twice = next(text for text, n in Counter(texts.values()).items() if n > 1)
+        raise ConvertError(f"{tokenizer.path}: two ids have the text {twice!r}; llama.cpp needs each text once")
     if served.model == "llama" and (lost := [b for b in range(256) if f"<0x{b:02X}>" not in known]):
         raise UnsupportedError(f"{tokenizer.path}: byte_fallback without the token <0x{lost[0]:02X}>; llama.cpp needs all 256")
     tokens = [texts[i] for i in range(n_used)] + [_padding(i, known) for i in range(n_used, size)]

@@ -20,7 +20,10 @@ from .output import safe
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
-    "--home", type=click.Path(path_type=Path, file_okay=False), envvar="EDGECL_HOME", help="The learner's home folder."
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="EDGECL_HOME",
+    help="The learner's home folder. Default: EDGECL_HOME, or ~/.local/share/edgecl/default.",
 )
 @click.version_option(package_name="edgecl")
 @click.pass_context

@@ -21,9 +21,11 @@ from .output import console, json_option, print_json, redaction, safe, size
 @click.argument("model")
 @click.option("--quant", default="", help="What is served: int8, int4, keep, or a type. Default: the profile's.")
 @click.option(
-    "--precision", type=click.Choice([*PRECISIONS]), help="Write the base at it first: what is trained is what is served."
+    "--precision",
+    type=click.Choice([*PRECISIONS]),
+    help="Write the base at it first and serve it so: nights train on exactly what they serve.",
 )
-@click.option("--profile", help="Limits: a profile's name, or a TOML file. Default: what suits this machine.")
+@click.option("--profile", help="Limits: a profile's name, or the path of a TOML file. Default: what suits this machine.")
 @click.option("--force", is_flag=True, help="Replace a home that exists, with its store and its generations.")
 @json_option
 @click.pass_obj

@@ -17,8 +17,8 @@ REFUSED = 3
 
 @click.command()
 @click.option("--task", help="Learn only this task's rows.")
-@click.option("--minutes", type=float, help="Longest night; training stops in time to be merged and measured.")
-@click.option("--ram", "ram_bytes", type=int, help="Bytes of memory that each stage may hold.")
+@click.option("--minutes", type=float, help="Writing takes at most 0.25 of them, training 0.6. Default: the profile's.")
+@click.option("--ram", "ram_bytes", type=int, help="Bytes of memory that each stage may hold. Default: the profile's.")
 @click.option("--dry-run", is_flag=True, help="Say what the night would learn, and stop.")
 @click.option("--gate", type=click.Choice(GATES), default="enforce", show_default=True, hidden=True)
 @json_option

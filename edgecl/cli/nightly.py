@@ -19,8 +19,8 @@ from .output import json_option, progress_bar
 def nightly(context: click.Context, as_json: bool) -> None:
     """Run one night if the machine is free, or go on with one that yielded; exit code 75: not now.
 
-    Exit code 0: published; 3: the gate refused; 4: nothing to learn. The profile says when the machine is free; to a terminal
-    that this is typed into it never is, unless idle_minutes is 0: `edgecl adapt` is the night for that.
+    Exit code 0: published; 3: the gate refused; 4: nothing to learn. The profile says when the machine is free. While you
+    type at it, it is not, unless idle_minutes is 0: `edgecl adapt` is the night for that.
     """
     told = _until_sigterm()
     with Learner(context.obj) as learner, progress_bar() as progress:

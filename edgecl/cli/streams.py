@@ -75,8 +75,8 @@ def stream(
 ) -> None:
     """Learn FOLDER's tasks one night each, and measure every task after every night.
 
-    FOLDER holds train/TASK.jsonl and test/TASK.jsonl. Its home is temporary unless --home is given; there, finished cells
-    of a grid are kept and not run again.
+    FOLDER holds train/TASK.jsonl and test/TASK.jsonl. Its home is temporary unless --home or EDGECL_HOME
+    names one; there, finished cells of a grid are kept and not run again.
     """
     shares, seeds = _numbers(replay, float, "--replay"), _numbers(seed, int, "--seed")
     arms = [(served_at(p), p) for p in precision.split(",")] if precision else [(q, "") for q in quant.split(",")]

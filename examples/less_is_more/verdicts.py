@@ -1,4 +1,4 @@
-"""What a grid of streams says of each claim of "When Less is More" (8-bit continual learning): gaps, intervals, pictures.
+r"""What a grid of streams says of each claim of "When Less is More" (8-bit continual learning): gaps, intervals, pictures.
 
     edgecl --home CELLS stream DATA --precision f16,int8,int4 --replay 0,0.001,0.01,0.02,0.05,0.1 --written 0 --seed 0,1 \
         --train-limit 300 --test-limit 100

@@ -1,4 +1,4 @@
-"""The faults suite: `make faults`, or `python -m tests.faults [KIND ...]`; half an hour on two cores.
+"""The faults suite: `make faults`, or `python -m tests.faults [KIND ...]`; about 40 minutes on two cores.
 
 Every try gets its own copy of a home with two published nights and six rows that wait; a fault; and then must be true: `status`
 works or says in one line what the user is to decide, what serves is a published generation with the hashes of its manifest, no
