@@ -138,10 +138,14 @@ class Night:
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
             self._train(draft, yesterday, new, replay, self._write(yesterday, new))
             left_out = [new[i] for i in report.train["left_out"]]
-            parts = _without(parts, left_out)
-            learned = [row for part in parts if part.learning for row in part.rows]
-            report.losses["before"] = mean_loss(before, learned)
-            tonight = self._merge(draft, learned)
+            unused = {*report.train["left_out"], *report.train["unmet"]}
+            learned = [row for i, row in enumerate(new) if i not in unused]
+            if not learned:
+                raise EdgeclError("the night had no time to train on a single row; raise minutes (profile, `--minutes`)")
+            parts = _without(parts, [new[i] for i in unused])
+            taught = [row for part in parts if part.learning for row in part.rows]
+            report.losses["before"] = mean_loss(before, taught)
+            tonight = self._merge(draft, taught)
             swaps = [swapped(part.rows) if part.learning and part.kind == "heldout" else [] for part in parts]
             others = [other for pairs in swaps for _, other in pairs]
             after, report.prose["after"] = self.meter.measure(tonight, [*rows, *others])
@@ -172,7 +176,7 @@ class Night:
             report.reason = report.verdict
             self.store.record_night(None, False, report.reason, report.as_dict())
             return self._refuse(draft)
-        self._publish(draft, tonight, yesterday, new, left_out)
+        self._publish(draft, tonight, yesterday, new, learned, left_out)
         self._forget_run()
         return report
 
@@ -251,14 +255,14 @@ class Night:
         report.train, report.peak_rss_bytes = result | {"peak_rss_bytes": peak}, max(report.peak_rss_bytes, peak)
         report.train_s, report.ask_s, report.train_tokens_per_s = result["train_s"], result["ask_s"], result["tokens_per_s"]
 
-    def _merge(self, draft: Path, learned: list[Example]) -> Generation:
+    def _merge(self, draft: Path, taught: list[Example]) -> Generation:
         """Return the draft that will serve: the merged file, or, where too little of the night survives, a wider one.
 
         The wanted type comes first; where it keeps less than gate.min_survival, INT8; where that fails too, base + adapter.
         """
         report, wanted = self.report, self.settings.quant
         unmerged = _draft(draft, Path(self.settings.base), draft / "adapter.gguf")
-        report.losses["adapter"] = mean_loss(self.meter.scores(unmerged, learned), learned)
+        report.losses["adapter"] = mean_loss(self.meter.scores(unmerged, taught), taught)
         report.survival["adapter"] = 1.0
         served = unmerged
         for quant in dict.fromkeys([wanted, *self.compare, "int8"]):
@@ -266,7 +270,7 @@ class Night:
             if quant != wanted and quant not in self.compare and not is_fallback:
                 continue
             merged, facts = self._merge_one(draft, quant)
-            report.losses[quant] = mean_loss(self.meter.scores(merged, learned), learned)
+            report.losses[quant] = mean_loss(self.meter.scores(merged, taught), taught)
             report.survival[quant] = survival(report.losses["before"], report.losses["adapter"], report.losses[quant])
             if (quant == wanted or is_fallback) and report.survival[quant] >= self.settings.gate.min_survival:
                 served, report.merge_s = merged, facts["merge_s"]
@@ -293,10 +297,16 @@ class Night:
         return _draft(draft, path, None), result
 
     def _publish(
-        self, draft: Path, tonight: Generation, yesterday: Generation, new: list[Stored], left_out: list[Stored]
+        self,
+        draft: Path,
+        tonight: Generation,
+        yesterday: Generation,
+        new: list[Stored],
+        learned: list[Stored],
+        left_out: list[Stored],
     ) -> None:
+        """Make the draft what serves. Of the new rows, learned ones leave `pending`, as do those that no night can learn."""
         report, number = self.report, self.generations.next_number()
-        learned = [row for row in new if row not in left_out]
         kept = kept_ids(learned, self.settings.replay.share, number)
         report.accepted, report.generation, report.n_kept = True, number, len(kept)
         write_atomic(draft / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
@@ -312,7 +322,7 @@ class Night:
             learned=[row.id for row in learned],
             kept=kept,
         )
-        self.store.claim([row.id for row in new], number)  # those left out too: what is near them was trained on
+        self.store.claim([row.id for row in new], number)  # the others, too: what is near them was trained on
         published = self.generations.publish(draft, manifest)
         self.store.rename_scores(tonight.hash, published.hash)
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
@@ -359,9 +369,9 @@ def _part(kind: str, learning: bool, rows: Sequence[Stored]) -> Part:
     return Part(rows[0].example.task, kind, learning, [row.example for row in rows])
 
 
-def _without(parts: Sequence[Part], left_out: Sequence[Stored]) -> list[Part]:
-    """Return parts without rows that no training could use, and without those that have no others."""
-    gone = [row.example for row in left_out]
+def _without(parts: Sequence[Part], unused: Sequence[Stored]) -> list[Part]:
+    """Return parts without rows that were not trained on, and without those that have no others."""
+    gone = {row.example for row in unused}
     kept = [replace(part, rows=[row for row in part.rows if row not in gone]) for part in parts]
     return [part for part in kept if part.rows]
 

@@ -19,6 +19,7 @@ from edgecl.cli import cli
 from edgecl.data import Example
 from edgecl.engine import Engine, VocabFile, write_rows
 from edgecl.engine.writing import MAX_ASKED
+from edgecl.errors import EdgeclError
 from edgecl.gate import GateSettings
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
@@ -257,6 +258,30 @@ def test_a_row_that_no_night_can_learn_is_archived_and_not_said_to_be_learned(tm
         learned = {row.id for row in learner.store.rows("replay")}
         assert len(learned) == 2 and set(learner.generations.current().manifest.learned) == learned
         assert not learner.store.rows("pending")
+
+
+def test_rows_that_training_had_no_time_for_wait_for_the_next_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, unmet = night.run_stage, [1]
+
+    def short_of_time(stage: str, request: dict[str, Any], *rest: Any) -> Any:
+        result, peak = real(stage, request, *rest)
+        return (result | {"unmet": unmet} if stage == "train" else result), peak
+
+    monkeypatch.setattr(night, "run_stage", short_of_time)
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(share=1.0, written=0), train=TRAIN) as learner:
+        adapt(learner, {"anne": "left", "the inn": "right", "a hen": "in"})
+        assert [part["n_rows"] for part in learner.history()[-1]["report"]["results"]] == [2]
+        (waits,) = learner.store.rows("pending")
+        assert waits.example.messages[0][1] == "the inn" and waits.id not in learner.generations.current().manifest.learned
+        learner.finish_last_night()
+        assert learner.store.rows("pending") == [waits]
+        unmet[:] = [0]
+        with pytest.raises(EdgeclError, match="no time to train on a single row"):
+            learner.adapt(gate="report")
+        assert learner.store.rows("pending") == [waits]
+        unmet[:] = []
+        assert learner.adapt(gate="report").accepted and not learner.store.rows("pending")
 
 
 def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:

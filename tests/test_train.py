@@ -222,9 +222,27 @@ def test_time_limit_stops_early_with_a_usable_adapter(models, monkeypatch):
     rows = facts(24, 1)
     adapter, report = fit(base, rows, [], FAST, progress=one_minute_a_step, minutes=4.5)
     assert report.stopped_early and report.steps == 5 == len(report.losses)
+    assert report.unmet == []
     assert report.train_s == 300 and report.tokens == 5 * 8 * 25 and report.tokens_per_s == pytest.approx(1000 / 300)
     adapter.check_fits(base)
     assert answer_loss(base, adapter, rows) < answer_loss(base, None, rows)
+
+
+def test_rows_that_no_step_came_to_are_named(models, monkeypatch):
+    base, _ = models("llama")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def one_minute_a_step(done: int, total: int, loss: float) -> None:
+        clock.now += 60
+
+    rows = facts(23, 1)
+    unanswered = TrainRow([1, 2, 3], [False] * 3)
+    _, report = fit(base, [unanswered, *rows], [], replace(FAST, epochs=2), progress=one_minute_a_step, minutes=1.5)
+    assert report.left_out == [0] and report.steps == 2 and 7 <= len(report.unmet) <= 8
+    assert report.tokens == 25 * (23 - len(report.unmet)) and set(report.unmet) <= set(range(1, 24))
+    _, all_met = fit(base, rows, [], replace(FAST, epochs=1))
+    assert all_met.unmet == []
 
 
 def test_small_night_repeats_its_rows_until_min_steps(models):

@@ -94,6 +94,8 @@ def print_report(report: AdaptReport) -> None:
             out.print(f"rows        {train[key]} {what}")
     if report.accepted and train["left_out"]:
         out.print(f"archived    {len(train['left_out'])} new ones of these, not learned")
+    if report.accepted and train["unmet"]:
+        out.print(f"waiting     {len(train['unmet'])} of {report.n_new} new rows: the time was over, a later night learns them")
     otherwise = f", {report.n_reworded} other wordings" if report.n_reworded else ""
     asking = f", learned to ask {report.ask_s:.0f} s" if report.ask_s else ""
     out.print(

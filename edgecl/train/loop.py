@@ -54,6 +54,7 @@ class TrainReport:
         plan: what the planner chose, in a line; predicted_s and predicted_rss_bytes: what it expected of this run.
         n_cut: rows cut from the left to the context; n_left_out: rows without an answer, or whose answer is longer than that;
             left_out: which of the new ones.
+        unmet: those of the new rows that no step had come to when training ended early.
         resumed_at: the step that a checkpoint was gone on from.
         heldout: answer loss on held-out rows, by step.
     """
@@ -70,6 +71,7 @@ class TrainReport:
     n_cut: int = 0
     n_left_out: int = 0
     left_out: list[int] = field(default_factory=list)
+    unmet: list[int] = field(default_factory=list)
     resumed_at: int = 0
     stopped_early: bool = False
     losses: list[float] = field(default_factory=list)
@@ -372,7 +374,14 @@ class _Run:
         if flat is not None:
             with torch.no_grad():
                 self.lora.flat.copy_(flat)
+        self.report.unmet = self._unmet()
         return self.lora.adapter(), self.report
+
+    def _unmet(self) -> list[int]:
+        met = {id(row) for batch in self.batches[: self.report.steps] for row in batch}
+        left_out = set(self.report.left_out)
+        given = [i for i in range(len(self.new) + len(left_out)) if i not in left_out]
+        return [i for i, row in zip(given, self.new, strict=True) if met.isdisjoint(map(id, (row, *row.reworded)))]
 
 
 def _threads_beside_the_assistant() -> int:
