@@ -63,7 +63,7 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
     """Delete rows by id, and let no generation teach that learned from them; return the numbers of these.
 
     Raises:
-        DataError: an id that no row has or had; nothing was deleted.
+        DataError: an id that no row has or had; nothing was deleted. A row that is gone already may be forgotten again.
         NotNow: a night is running.
         StoreError: the database failed, or is being read and must be cleaned again.
     """
@@ -72,9 +72,9 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
         manifests = _manifests(learner)
         first = {row.id: row.generation for row in find(learner)}
         first |= {row_id: manifest.number for manifest in manifests[::-1] for row_id in manifest.learned}
-        if unknown := sorted(set(ids) - set(first)):
+        if unknown := sorted(i for i in set(ids) - set(first) if not 0 < i <= learner.store.last_id()):
             raise DataError(f"there is no row {unknown[0]}; `edgecl forget --contains TEXT --dry-run` shows rows and their ids")
-        learned = [number for row_id in ids if (number := first[row_id])]
+        learned = [number for row_id in ids if (number := first.get(row_id))]
         # Every later night was trained from it, on the row while it was kept, or on what it wrote.
         numbers = [n for n in learner.generations.numbers() if learned and n >= min(learned)]
         shutil.rmtree(learner.home / "runs", ignore_errors=True)

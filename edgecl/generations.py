@@ -190,6 +190,12 @@ class Generations:
         is_whole = len(nights) == 1 or nights[-2].manifest.parent == nights[-1].hash
         return set(self.numbers()) - {night.number for night in nights} if is_whole else set()
 
+    def undone(self) -> set[int]:
+        """Return the numbers of those that were rolled back: what serves does not descend from them."""
+        with contextlib.suppress(GenerationError):
+            return self.unknown(self.current())
+        return set()
+
     def current(self) -> Generation:
         """Return the generation that serves.
 

@@ -6,27 +6,25 @@ second `adapt` is told to come later.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecl_convert import GgufFile, merge, open_source, resolve_quant, write_atomic
-from edgecl_convert.names import check_architecture
+from edgecl_convert import GgufFile
 
 from .child import Limits, Progress, run_stage
 from .data import Example, parse_lines
-from .errors import EdgeclError, GenerationError, NothingToLearn, SettingError, StageError, translated
-from .generations import Generation, Generations, Manifest, check_files, now, sha256_file
+from .errors import GenerationError, NothingToLearn, SettingError, translated
+from .generations import Generation, Generations, check_files
+from .home import make_home
 from .lock import night_lock
 from .measure import KLD, Meter, by_task
 from .night import AdaptReport, Night
-from .places import default_home, find_model, open_home
-from .profile import PRECISIONS, Profile, Settings, load_profile, profile_name, served_at
+from .places import open_home
+from .profile import Settings, load_profile
 from .rebuild import restore
 from .redact import redact
 from .rows import ObserveReport
@@ -95,58 +93,7 @@ class Learner:
         Raises:
             EdgeclError: the model cannot be used, or the home exists.
         """
-        place = Path(home) if home else default_home()
-        path = find_model(model)
-        profile = profile_name(profile)
-        limits = load_profile(profile)
-        quant = served_at(precision) if precision else quant or limits.quant
-        with translated(), open_source(path) as source:
-            check_architecture(source)
-            resolve_quant(quant, source)
-            template = source.get("tokenizer.chat_template")
-            if not template:
-                raise SettingError(f"{path} has no chat template (tokenizer.chat_template); use an instruct model")
-            tokens = "\0".join(source.get("tokenizer.ggml.tokens", []))
-        written = PRECISIONS.get(precision, "F16" if path.is_dir() else "")
-        base = place.resolve() / f"base-{written}.gguf" if written else path
-        made = Settings(base=str(base), quant=quant, profile=profile, **settings)
-        exists = (place / "edgecl.toml").exists()
-        if exists and not force:
-            raise SettingError(f"{place} is a learner's home already; choose another --home, or give --force")
-        try:
-            place.mkdir(parents=True, exist_ok=True, mode=0o700)
-            place.chmod(0o700)  # also where it was there
-        except OSError as error:
-            raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
-        with night_lock(place):
-            if base != path:
-                with translated(), open_source(path) as source:
-                    merge(source, None, base, written)
-            _check_loads(base, limits)
-            if exists:
-                for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
-                    (place / old).unlink(missing_ok=True)
-                for folder in ("generations", "runs"):
-                    shutil.rmtree(place / folder, ignore_errors=True)
-        stat = base.stat()
-        manifest = Manifest(
-            number=0,
-            parent="",
-            base_sha256=sha256_file(base),
-            model=str(base),
-            created=now(),
-            tokenizer_sha256=sha256(tokens.encode()).hexdigest(),
-            template_sha256=sha256(template.encode()).hexdigest(),
-            base_bytes=stat.st_size,
-            base_mtime_ns=stat.st_mtime_ns,
-        )
-        try:
-            with translated():
-                Generations(place).create_base(manifest)
-                write_atomic(place / "edgecl.toml", made.to_toml())
-        except OSError as error:
-            raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
-        return cls(place)
+        return cls(make_home(model, home, quant, precision, profile, force, **settings))
 
     def close(self) -> None:
         """Free the engine and close the store, after the turn that is running; a night stops with NotNow, nothing is lost."""
@@ -185,7 +132,7 @@ class Learner:
             return self.redacted(example, counts)
 
         good, bad = parse_lines(examples, task, source, clean)
-        added = self.store.add(good, self.settings.replay.heldout, replace)
+        added = self.store.add(good, self.settings.replay.heldout, replace, self.generations.undone())
         return ObserveReport(**asdict(added), bad=bad, redacted=dict(counts))
 
     def redacted(self, example: Example, counts: Counter[str]) -> Example:
@@ -385,16 +332,3 @@ class Learner:
         if not (minutes > 0 and ram_bytes > 0):  # so written that NaN is refused
             raise SettingError(f"minutes and ram must be above 0, got {minutes} and {ram_bytes}")
         return Limits(ram_bytes, 60 * minutes, 0, self.profile.threads)
-
-
-def _check_loads(model: Path, profile: Profile) -> None:
-    """Have llama.cpp load a model and compute a token in a child process: what can end that would end a chat.
-
-    Raises:
-        EdgeclError: it ended, or cannot load the model.
-    """
-    request = {"model": str(model), "engine": profile.engine_options()}
-    try:
-        run_stage("load", request, Limits(profile.ram_bytes, 60 * profile.minutes, 0, profile.threads))
-    except StageError as error:
-        raise EdgeclError(f"{model} cannot be used: {error}") from None

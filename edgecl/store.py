@@ -18,6 +18,7 @@ import math
 import os
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
@@ -88,13 +89,16 @@ class Store:
 
     # --- examples -----------------------------------------------------------------------------------------------
 
-    def add(self, examples: Iterable[Example], heldout_share: float, replace: bool = True) -> Added:
+    def add(
+        self, examples: Iterable[Example], heldout_share: float, replace: bool = True, undone: Collection[int] = ()
+    ) -> Added:
         """Store examples as pending, all or none, and set part of each task aside for measuring, where many come at once.
 
-        What comes one by one, as corrections do, is all for learning.
+        What comes one by one, as corrections do, is all for learning: a row that was held out becomes pending then.
 
         Args:
             replace: whether an answer replaces an older one to the same prompt; else it counts as a duplicate.
+            undone: generations that were rolled back: what they alone had learned is added again, no duplicate.
 
         Raises:
             DataError: a text is not Unicode; nothing was stored.
@@ -102,29 +106,39 @@ class Store:
         """
         report = Added()
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        tasks: set[str] = set()
+        given: Counter[str] = Counter()
+        known: dict[int, tuple[dict[str, Any], str]] = {}
         with self._transaction():
             last = self._db.execute("select coalesce(max(id), 0) from examples").fetchone()[0]
             for example in examples:
-                self._add_one(example, now, report, replace)
-                tasks.add(example.task)
-            for task in sorted(tasks):
+                known |= {row["id"]: (row, example.task) for row in self._add_one(example, now, report, replace)}
+                given[example.task] += 1
+            for task in sorted(given):
                 report.heldout += self._hold_out(task, last, heldout_share)
+            for row_id, (row, task) in known.items() if replace else ():
+                is_single = row["role"] == "heldout" and not heldout_quota(given[task], heldout_share)
+                if is_single or row["generation"] in undone:
+                    self._db.table("examples").update(row_id, {"role": "pending", "generation": None})
+                    report.added += 1
+                    report.duplicates -= 1
         if report.replaced:
             self._empty_log()
         return report
 
-    def _add_one(self, example: Example, now: str, report: Added, replace: bool) -> None:
+    def _add_one(self, example: Example, now: str, report: Added, replace: bool) -> list[dict[str, Any]]:
+        """Add an example; return the row that is the same, where there is one."""
         table = self._db.table("examples")
+        same = list(table.rows_where("hash = ?", [example.hash]))
         is_asked = self._count("prompt_hash = ?", [example.prompt_hash])
-        if self._count("hash = ?", [example.hash]) or (is_asked and not replace):
+        if same or (is_asked and not replace):
             report.duplicates += 1
-            return
+            return same
         report.added += 1
         if is_asked:
             report.replaced += 1
             table.delete_where("prompt_hash = ?", [example.prompt_hash])
         table.insert(columns_of(example) | {"role": "pending", "created": now})
+        return []
 
     def _hold_out(self, task: str, last: int, share: float) -> int:
         """Move rows of a task that came after id `last` to heldout until its quota is met; their hash decides which."""
@@ -254,6 +268,12 @@ class Store:
             if self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 raise sqlite3.OperationalError("another program is reading it")
 
+    def last_id(self) -> int:
+        """Return the greatest id that a row has or had."""
+        with self._reading():
+            found = self._db.execute("select seq from sqlite_sequence where name = 'examples'").fetchone()
+        return int(found[0]) if found else 0
+
     def forgotten(self) -> set[str]:
         """Return the hashes of generations that learned from a row that was forgotten since."""
         with self._reading():
@@ -352,6 +372,8 @@ class Store:
         with self._translated("cannot be read", "restore it or move it away"):
             try:
                 yield
+            except UnicodeEncodeError:  # of what is asked for
+                raise
             except (ValueError, TypeError) as error:  # what a damaged row holds is no JSON, or other JSON
                 raise StoreError(f"{self.path}: a row is damaged: {error}; restore it or move it away") from None
 

@@ -21,6 +21,8 @@ from edgecl_convert import ConvertError, GgufFile
 from .data import Example, common_length
 from .errors import DataError, EdgeclError
 
+CONTROL = 3  # as GGUF numbers the types of tokens
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -41,8 +43,11 @@ class Encoded:
 class ChatTemplate:
     """How a base turns messages into text."""
 
-    def __init__(self, template: str, *, bos_token: str = "", eos_token: str = "") -> None:
+    def __init__(self, template: str, *, bos_token: str = "", eos_token: str = "", controls: Sequence[str] = ()) -> None:
         """Compile a chat template (Jinja, sandboxed: it comes out of a downloaded file).
+
+        Args:
+            controls: texts of tokens that are no text, such as the one that ends a turn.
 
         Raises:
             DataError: the template is not valid.
@@ -56,6 +61,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise DataError(f"the base's chat template is not valid: {error}") from None
         self._names = {"bos_token": bos_token, "eos_token": eos_token}
+        self._controls = tuple(controls)
 
     def render(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
         """Return a chat as the template writes it.
@@ -85,11 +91,14 @@ class ChatTemplate:
         """Check that an example can be trained on.
 
         Raises:
-            DataError: as `last_turn`, for one of its answers.
+            DataError: as `last_turn`, for one of its answers, or one begins with a control token: it may end before it begins.
         """
-        for i, (role, _) in enumerate(example.messages):
-            if role == "assistant":
-                self.last_turn(example.messages[: i + 1])
+        for i, (role, content) in enumerate(example.messages):
+            if role != "assistant":
+                continue
+            self.last_turn(example.messages[: i + 1])
+            if content.lstrip().startswith(self._controls):
+                raise DataError(f"the answer begins with a control token of the base: {content.strip()[:20]!r}; take it out")
 
 
 class ChatFormat(ChatTemplate):
@@ -193,7 +202,9 @@ def _read(base: str, n_bytes: int, mtime_ns: int) -> ChatTemplate:
     """Return the template of a file of this size and time: reading the tokens that it may name takes 50 ms."""
     with GgufFile(base) as gguf:
         text, names = _template(gguf)
-    return ChatTemplate(text, **names)
+        tokens, types = (gguf.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    controls = [token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL and token]
+    return ChatTemplate(text, **names, controls=controls)
 
 
 def chat_format(gguf: GgufFile, vocab: Any) -> ChatFormat:

@@ -187,6 +187,23 @@ def test_a_chat_that_the_base_cannot_write_is_a_bad_line_and_one_that_cannot_be_
         assert learner.observe([json.dumps({"prompt": "and now?", "completion": "too"})]).added == 1
 
 
+def test_an_answer_that_ends_before_it_begins_is_a_bad_line(home: Path) -> None:
+    answers = ["<|im_end|>", " <|im_end|> so", "so<|im_end|>"]
+    with Learner(home) as learner:
+        report = learner.observe([json.dumps({"prompt": f"q{i}", "completion": answer}) for i, answer in enumerate(answers)])
+        assert report.added == 1 and [line for line, _ in report.bad] == [1, 2]
+        assert report.bad[0][1] == "the answer begins with a control token of the base: '<|im_end|>'; take it out"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("ask", "caf\udce9"), "the text is not valid Unicode"), (("adapt", "--task", "\udce9"), "half a character")],
+)
+def test_what_is_typed_in_another_encoding_is_refused_in_one_line(home: Path, arguments: list[str], words: str) -> None:
+    code, _, error = run(home, *arguments)
+    assert code == 1 and one_line(error, words), error
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"{bad\n"])
 def test_a_file_without_a_good_line_exits_with_1(home: Path, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"

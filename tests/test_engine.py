@@ -1,6 +1,8 @@
 """llama.cpp behind Engine: scores are those of plain decoding, however rows are batched; switching; what is refused."""
 
 import math
+import os
+import shutil
 from dataclasses import replace
 from itertools import compress
 
@@ -177,6 +179,19 @@ def test_switch_serves_another_file_and_its_adapter(paths):
             engine.switch(paths[name], adapter and paths[adapter])
             assert engine.model_path == paths[name]
             assert np.allclose(engine.logits(SHARED), wanted[name, adapter], atol=1e-4)
+
+
+def test_another_file_under_the_same_name_is_loaded(paths, tmp_path):
+    with open_engine(paths["other"]) as engine:
+        wanted = engine.logits(SHARED)
+    served = tmp_path / "model.gguf"
+    shutil.copy(paths["llama"], served)
+    with open_engine(served) as engine:
+        assert not np.allclose(engine.logits(SHARED), wanted, atol=1e-4)
+        shutil.copy(paths["other"], tmp_path / "new.gguf")
+        os.replace(tmp_path / "new.gguf", served)
+        engine.switch(served)
+        assert np.array_equal(engine.logits(SHARED), wanted)
 
 
 def test_failed_switch_closes_and_a_switch_back_serves_again(paths, tmp_path):

@@ -28,7 +28,7 @@ from test_cli import one_line, run
 from edgecl import AdaptReport, Learner, measure, night
 from edgecl.child import run_stage
 from edgecl.device import Sensors
-from edgecl.errors import NothingToLearn, NotNow, StageError
+from edgecl.errors import EdgeclError, NothingToLearn, NotNow, StageError
 from edgecl.gate import GateSettings
 from edgecl.nightly import needed_bytes, nightly
 from edgecl.profile import ReplaySettings, TrainSettings
@@ -396,3 +396,17 @@ def test_a_profile_of_ones_own_is_found_from_every_folder(tmp_path: Path, base: 
     monkeypatch.chdir("/")
     with Learner(tmp_path / "home") as learner:
         assert learner.profile.ram_bytes == 1_234_000_000
+
+
+def test_a_home_that_was_not_replaced_after_all_is_as_it_was(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "tight.toml").write_text("ram_bytes = 1_000_000\n")
+    Learner.init(base, tmp_path / "home", precision="f16").close()
+    (written,) = (tmp_path / "home").glob("base-*.gguf")
+    before = written.stat()
+    other = tiny.build(tmp_path / "other.gguf", seed=7)[0]
+    with pytest.raises(EdgeclError, match=r"other\.gguf cannot be used: .*raise ram_bytes"):
+        Learner.init(other, tmp_path / "home", precision="f16", force=True, profile=str(tmp_path / "tight.toml"))
+    with Learner(tmp_path / "home") as learner:
+        assert learner.ask("anne", max_tokens=2) is not None
+    assert (written.stat().st_ino, written.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not list((tmp_path / "home").glob(".base*"))

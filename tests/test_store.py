@@ -174,6 +174,31 @@ def test_what_comes_one_by_one_is_all_for_learning(path: Path) -> None:
         assert (report.added, report.replaced, report.heldout, len(prompts(store, "heldout"))) == (40, 40, 2, 2)
 
 
+def test_a_single_row_that_was_held_out_is_learned_and_taken_back_it_is_held_out_again(path: Path) -> None:
+    with Store(path) as store:
+        store.add(examples(20), 0.1)
+        held, other = store.rows("heldout")
+        before = store.find(held.example.prompt_hash)
+        assert store.add([held.example], 0.1, replace=False) == Added(duplicates=1)
+        assert store.add([held.example, held.example], 0.1) == Added(added=1, duplicates=1)
+        assert store.rows("heldout") == [other] and held.id in [row.id for row in store.rows("pending")]
+        assert store.take_back(held.example, before)
+        assert store.rows("heldout") == [held, other] and len(store.rows("pending")) == 18
+
+
+def test_what_a_night_learned_that_was_rolled_back_is_added_again(path: Path) -> None:
+    with Store(path) as store:
+        store.add(examples(4), 0.0)
+        first, second, third, fourth = store.rows("pending")
+        store.settle([first.id], [first.id], 1, archive=False)
+        store.settle([second.id], [second.id], 2, archive=False)
+        store.settle([third.id], [], 2, archive=True)
+        assert store.add(examples(4), 0.0, undone={2, 3}) == Added(added=2, duplicates=2)
+        assert [row.id for row in store.rows("replay")] == [first.id]
+        assert [row.generation for row in store.rows("pending")] == [None, None, None] and not store.rows("archive")
+        assert fourth in store.rows("pending")
+
+
 # --- settling ---------------------------------------------------------------------------------------------------------
 
 

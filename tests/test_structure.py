@@ -54,6 +54,7 @@ LAYERS = (
         "modelfile",
         "forget",
         "rebuild",
+        "home",
     },
     {"cli", "edgecl"},  # "edgecl" is the package's own __init__
     {"__main__"},

@@ -57,4 +57,7 @@ def main() -> None:
         where = f": {error.filename}" if error.filename else ""
         click.echo(safe(f"edgecl: {error.strerror or error}{where}"), err=True)
         code = 1
+    except UnicodeError as error:  # a name of another encoding, or a terminal that cannot show a text
+        click.echo(safe(f"edgecl: a text or a name cannot be written: {error}; use UTF-8 names and a UTF-8 terminal"), err=True)
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)

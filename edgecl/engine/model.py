@@ -18,7 +18,7 @@ import llama_cpp
 from edgecl_convert import ConvertError, GgufFile
 from edgecl_convert.llama_model import load_params
 
-from ..errors import EngineError
+from ..errors import DataError, EngineError
 
 _log: list[str] = []
 
@@ -91,7 +91,10 @@ class Vocab:
 
     def encode(self, text: str) -> list[int]:
         """Return token ids of `text`; special tokens written in it are recognized, none are added."""
-        data = text.encode("utf-8")
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError("the text is not valid Unicode: it has half of a character; write it as UTF-8") from None
         size = len(data) + 8
         buffer = (llama_cpp.llama_token * size)()
         n = llama_cpp.llama_tokenize(self._open(), data, len(data), buffer, size, False, True)

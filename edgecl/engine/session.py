@@ -25,6 +25,15 @@ F32Array = NDArray[np.float32]
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
 
 
+def _identity(path: Path) -> tuple[Path, int, int, int] | None:
+    """Return what tells a file from another that takes its place later; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return path, stat.st_dev, stat.st_ino, stat.st_mtime_ns
+
+
 class Engine:
     """A loaded model; close it, or use it as a context manager.
 
@@ -63,6 +72,7 @@ class Engine:
     def _load(self, path: Path, adapter: Path | str | None) -> None:
         self._ctx = self._lora = self._batch = None
         self._held: list[int] = []  # what `generate` left in the cache
+        self._loaded = _identity(path)  # before it is read: where it is replaced meanwhile, it is loaded again
         self._model: Any = load_model(path, self._n_gpu_layers)
         self._vocab = Vocab(self._model)
         settings = llama_cpp.llama_context_default_params()
@@ -105,7 +115,7 @@ class Engine:
         Raises:
             EngineError: it cannot be loaded; the engine is then closed, until a switch to one that can.
         """
-        if self._batch is not None and Path(model) == self.model_path:
+        if self._batch is not None and _identity(Path(model)) == self._loaded:
             self.set_adapter(adapter)
             return
         self.close()

@@ -1,0 +1,104 @@
+"""Making a learner's home: a base that llama.cpp loads, generation 0, settings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from edgecl_convert import merge, open_source, resolve_quant, write_atomic
+from edgecl_convert.names import check_architecture
+
+from .child import Limits, run_stage
+from .errors import EdgeclError, SettingError, StageError, translated
+from .generations import Generations, Manifest, now, sha256_file
+from .lock import night_lock
+from .places import default_home, find_model
+from .profile import PRECISIONS, Profile, Settings, load_profile, profile_name, served_at
+
+NEW_BASE = ".base-new.gguf"  # until it is known that it can be used
+
+
+def make_home(
+    model: Path | str, home: Path | str | None, quant: str, precision: str, profile: str, force: bool, **settings: Any
+) -> Path:
+    """Make a home for a base model and return its folder; arguments as for `Learner.init`.
+
+    A home that is to be replaced is as it was until the new base has been loaded.
+
+    Raises:
+        EdgeclError: the model cannot be used, or the home exists.
+    """
+    place = Path(home) if home else default_home()
+    path = find_model(model)
+    profile = profile_name(profile)
+    limits = load_profile(profile)
+    quant = served_at(precision) if precision else quant or limits.quant
+    with translated(), open_source(path) as source:
+        check_architecture(source)
+        resolve_quant(quant, source)
+        template = source.get("tokenizer.chat_template")
+        if not template:
+            raise SettingError(f"{path} has no chat template (tokenizer.chat_template); use an instruct model")
+        tokens = "\0".join(source.get("tokenizer.ggml.tokens", []))
+    written = PRECISIONS.get(precision, "F16" if path.is_dir() else "")
+    base = place.resolve() / f"base-{written}.gguf" if written else path
+    made = Settings(base=str(base), quant=quant, profile=profile, **settings)
+    exists = (place / "edgecl.toml").exists()
+    if exists and not force:
+        raise SettingError(f"{place} is a learner's home already; choose another --home, or give --force")
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        place.chmod(0o700)  # also where it was there
+    except OSError as error:
+        raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
+    with night_lock(place):
+        fresh = place / NEW_BASE if written else path
+        try:
+            if written:
+                with translated(), open_source(path) as source:
+                    merge(source, None, fresh, written)
+            _check_loads(fresh, limits, path)
+            if exists:  # until here it can be used as before
+                for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
+                    (place / old).unlink(missing_ok=True)
+                for folder in ("generations", "runs"):
+                    shutil.rmtree(place / folder, ignore_errors=True)
+            if written:
+                os.replace(fresh, base)
+        finally:
+            (place / NEW_BASE).unlink(missing_ok=True)
+    stat = base.stat()
+    manifest = Manifest(
+        number=0,
+        parent="",
+        base_sha256=sha256_file(base),
+        model=str(base),
+        created=now(),
+        tokenizer_sha256=sha256(tokens.encode()).hexdigest(),
+        template_sha256=sha256(template.encode()).hexdigest(),
+        base_bytes=stat.st_size,
+        base_mtime_ns=stat.st_mtime_ns,
+    )
+    try:
+        with translated():
+            Generations(place).create_base(manifest)
+            write_atomic(place / "edgecl.toml", made.to_toml())
+    except OSError as error:
+        raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
+    return place
+
+
+def _check_loads(model: Path, profile: Profile, source: Path) -> None:
+    """Have llama.cpp load a model and compute a token in a child process: what can end that would end a chat.
+
+    Raises:
+        EdgeclError: it ended, or cannot load the model, which was made from `source`.
+    """
+    request = {"model": str(model), "engine": profile.engine_options()}
+    try:
+        run_stage("load", request, Limits(profile.ram_bytes, 60 * profile.minutes, 0, profile.threads))
+    except StageError as error:
+        raise EdgeclError(f"{source} cannot be used: {error}") from None
