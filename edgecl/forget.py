@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .child import Progress
 from .data import Example
@@ -149,11 +149,12 @@ def retrain(learner: Learner, progress: Progress | None = None) -> Rebuild:
 
 
 def _manifests(learner: Learner) -> list[Manifest]:
-    """Return the manifests of all generations that have a sound one, in order."""
-    found = []
+    """Return the manifests of all generations that have a sound one, in order; without ids that are those of another store."""
+    found, own = [], learner.store.number
     for number in learner.generations.numbers():
         with contextlib.suppress(GenerationError):
-            found.append(learner.generations.load(number).manifest)
+            manifest = learner.generations.load(number).manifest
+            found.append(manifest if manifest.store in (0, own) else replace(manifest, learned=[], kept=[]))
     return found
 
 

@@ -40,6 +40,7 @@ class Manifest:
         model: file name of the merged model, empty where base + adapter is served; for generation 0 the base's path.
         files: sha256 by file name, all relative to the generation's folder.
         learned: ids of the rows this night learned; kept: those of them that stay for rehearsal.
+        store: the number of the store whose ids these are, see `Store.number`; 0: not known.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     learned: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
+    store: int = 0
     format: int = 1
 
 

@@ -14,6 +14,7 @@ from .generations import Generation, check_files
 from .rows import Scored
 from .store import Store
 
+SITTING_S = 300.0  # a child measures for so long, then its scores are kept: what interrupts the next one costs no more
 PROSE, KLD = "prose", "prose, KLD to the base"  # the row names under which what was measured on unrelated prose is remembered
 
 
@@ -61,11 +62,14 @@ class Meter:
         by_hash = {row.hash: row for row in rows}
         wanted = [*by_hash, PROSE, KLD] if prose else list(by_hash)
         known = self._store.scores(generation.hash, wanted)
-        if len(known) < len(wanted):
-            missing = [row for key, row in by_hash.items() if key not in known]
-            fresh = self._run(generation, missing, prose and not {PROSE, KLD} <= known.keys())
+        prose = prose and not {PROSE, KLD} <= known.keys()
+        missing = [row for key, row in by_hash.items() if key not in known]
+        missing.sort(key=lambda row: row.messages)  # rows that begin alike share more of their prefix
+        while missing or prose:
+            fresh = self._run(generation, missing, prose)
             self._store.add_scores(generation.hash, fresh)
             known |= {score.hash: score for score in fresh}
+            missing, prose = [row for row in missing if row.hash not in known], False
         return known
 
     def measure(self, generation: Generation, rows: Sequence[Example]) -> tuple[dict[str, Scored], float]:
@@ -78,8 +82,8 @@ class Meter:
         return known, known[PROSE].loss_nats
 
     def _run(self, generation: Generation, rows: list[Example], prose: bool) -> list[Scored]:
+        """Return the scores of as many rows, from the first on, as a child measures in SITTING_S seconds."""
         check_files(generation)
-        rows = sorted(rows, key=lambda row: row.messages)  # rows that begin alike share more of their prefix
         request = {
             "base": str(self._base),
             "model": str(generation.model),
@@ -87,12 +91,13 @@ class Meter:
             "rows": [record_of(row) for row in rows],
             "prose": prose,
             "engine": self.engine,
+            "seconds": min(SITTING_S, self._limits.seconds / 2),
         }
         result, peak = run_stage("measure", request, self._limits, self._progress)
         self.eval_s += result["eval_s"]
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak)
         out = []
-        for row, (correct, loss, n_tokens, text) in zip(rows, result["scores"], strict=True):
+        for row, (correct, loss, n_tokens, text) in zip(rows, result["scores"], strict=False):
             out.append(Scored(row.hash, row.task, correct, loss, n_tokens))
             self.texts[generation.hash, row.hash] = text
         if prose:

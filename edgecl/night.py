@@ -176,7 +176,10 @@ class Night:
             report.reason = report.verdict
             self.store.record_night(None, False, report.reason, report.as_dict())
             return self._refuse(draft)
-        self._publish(draft, tonight, yesterday, new, learned, left_out)
+        try:
+            self._publish(draft, tonight, yesterday, new, learned, left_out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # it is in its place by now, or the disk failed
         self._forget_run()
         return report
 
@@ -321,6 +324,7 @@ class Night:
             files={str(path.relative_to(draft)): sha256_file(path) for path in files},
             learned=[row.id for row in learned],
             kept=kept,
+            store=self.store.number,
         )
         self.store.claim([row.id for row in new], number)  # the others, too: what is near them was trained on
         published = self.generations.publish(draft, manifest)

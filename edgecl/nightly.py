@@ -20,6 +20,7 @@ from .device import Sensors, why_not_now
 from .errors import NotNow, translated
 from .generations import now
 from .learner import Learner
+from .lock import night_lock
 from .night import AdaptReport
 from .profile import Settings
 from .tries import clear_try, last_try, note_try
@@ -63,6 +64,8 @@ def nightly(
 
 def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -> AdaptReport:
     if learner.store.rows("pending"):
+        with night_lock(learner.home):
+            learner.generations.clear_drafts()  # of a night that died: they would take the room that this one needs
         learner.generations.check_base(full=False, base=learner.settings.base)
         if reasons := contract.look(needed_bytes(learner.settings, learner.profile.ram_bytes)):
             raise NotNow(f"not now: {reasons}")

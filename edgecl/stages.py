@@ -244,7 +244,7 @@ def merge_stage(request: Request, report: Report) -> Request:
 
 
 def measure_stage(request: Request, report: Report) -> Request:
-    """Score rows and prose in llama.cpp."""
+    """Score prose, and rows for so many seconds, in llama.cpp."""
     from .engine import Engine, Row, fitted, likeliest_in, read_prose, score
 
     began = time.perf_counter()
@@ -257,12 +257,14 @@ def measure_stage(request: Request, report: Report) -> Request:
         GgufFile(request["base"]) as base,
     ):
         chats = chat_format(base, engine.vocab)
+        prose = asdict(read_prose(engine, prose_text(), expected)) if request["prose"] else {}
         scores = []
         rows = [fitted(Row(*chats.row(example)), engine.n_ctx) for example in examples]
         for example, result in zip(examples, score(engine, rows), strict=True):
             scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens, result.text])
             report(len(scores), len(examples), Path(request["model"]).name)
-        prose = asdict(read_prose(engine, prose_text(), expected)) if request["prose"] else {}
+            if time.perf_counter() - began > request["seconds"]:
+                break
     return {"scores": scores, "prose": prose, "eval_s": time.perf_counter() - began}
 
 

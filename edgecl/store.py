@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sqlite3
 import threading
 from collections import Counter
@@ -32,9 +33,15 @@ from .errors import DataError, StoreError
 from .migrations import migrations
 from .rows import ROLES, Added, Scored, Stored, columns_of, heldout_quota, stored_from
 
+PENDING = "id = ? and role = 'pending'"
+
 
 class Store:
-    """An open replay.db; threads share it, one call after another, and each process opens its own."""
+    """An open replay.db; threads share it, one call after another, and each process opens its own.
+
+    Attributes:
+        number: drawn at random for each file: in one that was begun anew, ids are those of other rows. 0: of an older edgecl.
+    """
 
     def __init__(self, path: Path | str) -> None:
         """Open or create the file and bring its schema up to date.
@@ -73,7 +80,10 @@ class Store:
             raise StoreError(f"{self.path}: was written by a newer edgecl (it has {newer[-1]}); update edgecl")
         if migrations.pending(self._db):
             with self._transaction():  # the second of two processes that open a new file finds nothing left to do
+                if not migrations.applied(self._db):
+                    self._db.execute(f"PRAGMA application_id = {secrets.randbelow(2**31 - 1) + 1}")
                 migrations.apply(self._db)
+        self.number = int(self._db.execute("PRAGMA application_id").fetchone()[0])
 
     def close(self) -> None:
         """Close the connection; whatever uses the store afterwards raises StoreError."""
@@ -113,14 +123,13 @@ class Store:
             for example in examples:
                 known |= {row["id"]: (row, example.task) for row in self._add_one(example, now, report, replace)}
                 given[example.task] += 1
-            for task in sorted(given):
-                report.heldout += self._hold_out(task, last, heldout_share)
+            report.heldout = sum(self._hold_out(task, last, heldout_share) for task in sorted(given))
             for row_id, (row, task) in known.items() if replace else ():
                 is_single = row["role"] == "heldout" and not heldout_quota(given[task], heldout_share)
                 if is_single or row["generation"] in undone:
-                    self._db.table("examples").update(row_id, {"role": "pending", "generation": None})
-                    report.added += 1
-                    report.duplicates -= 1
+                    again = "update examples set role = 'pending', generation = null where id = ?"
+                    n = self._db.execute(again, [row_id]).rowcount
+                    report.added, report.duplicates = report.added + n, report.duplicates - n
         if report.replaced:
             self._empty_log()
         return report
@@ -193,12 +202,11 @@ class Store:
     def claim(self, learned: Collection[int], generation: int) -> None:
         """Write down, before a generation is published, which rows it has learned.
 
-        Only what was claimed may leave `pending` after a crash: in a store that was restored or begun anew, the ids of a
-        manifest are those of other rows.
+        Only what was claimed may leave `pending` after a crash: in a store that was restored, ids are those of other rows.
         """
         with self._transaction():
             for row_id in learned:
-                self._db.execute("update examples set generation = ? where id = ? and role = 'pending'", [generation, row_id])
+                self._db.execute(f"update examples set generation = ? where {PENDING}", [generation, row_id])
 
     def claimed(self, generation: int) -> set[int]:
         """Return the ids of rows that a generation has claimed and that are not settled yet."""
@@ -215,19 +223,17 @@ class Store:
             for row_id in learned:
                 role = "replay" if row_id in keep else "archive" if archive else None
                 if role is None:
-                    self._db.execute("delete from examples where id = ? and role = 'pending'", [row_id])
+                    self._db.execute(f"delete from examples where {PENDING}", [row_id])
                 else:
-                    self._db.execute(
-                        "update examples set role = ?, generation = ? where id = ? and role = 'pending'",
-                        [role, generation, row_id],
-                    )
+                    kept = f"update examples set role = ?, generation = ? where {PENDING}"
+                    self._db.execute(kept, [role, generation, row_id])
         self._empty_log()
 
     def set_aside(self, ids: Collection[int]) -> None:
         """Archive rows that no night can learn, so that they are not lost and no later night meets them."""
         with self._transaction():
             for row_id in ids:
-                self._db.execute("update examples set role = 'archive' where id = ? and role = 'pending'", [row_id])
+                self._db.execute(f"update examples set role = 'archive' where {PENDING}", [row_id])
 
     def drop(self, role: str, keep: Collection[int] = ()) -> None:
         """Delete every row of a role whose id is not in `keep`."""

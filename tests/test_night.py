@@ -14,12 +14,12 @@ import gguf
 import pytest
 from click.testing import CliRunner
 
-from edgecl import Learner, night
+from edgecl import Learner, measure, night
 from edgecl.cli import cli
 from edgecl.data import Example
 from edgecl.engine import Engine, VocabFile, write_rows
 from edgecl.engine.writing import MAX_ASKED
-from edgecl.errors import EdgeclError
+from edgecl.errors import EdgeclError, NotNow
 from edgecl.gate import GateSettings
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
@@ -258,6 +258,31 @@ def test_a_row_that_no_night_can_learn_is_archived_and_not_said_to_be_learned(tm
         learned = {row.id for row in learner.store.rows("replay")}
         assert len(learned) == 2 and set(learner.generations.current().manifest.learned) == learned
         assert not learner.store.rows("pending")
+
+
+def test_what_was_measured_is_kept_where_measuring_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, begun = measure.run_stage, []
+
+    def third_time_unlucky(stage: str, request: dict[str, Any], *rest: Any) -> Any:
+        begun.append([row[0][0][1] for row in request["rows"]])
+        if len(begun) == 3:
+            raise NotNow("the lid was closed")
+        return real(stage, request, *rest)
+
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    rows = [Example((("user", f"q{i}"), ("assistant", "right" * i))) for i in range(1, 5)]
+    with Learner.init(base, tmp_path / "home") as learner:
+        whole, _ = learner.meter().measure(learner.generations.load(0), rows)
+    with Learner.init(base, tmp_path / "home", force=True) as learner:
+        monkeypatch.setattr(measure, "SITTING_S", 0.0)
+        monkeypatch.setattr(measure, "run_stage", third_time_unlucky)
+        with pytest.raises(NotNow):
+            learner.meter().measure(learner.generations.load(0), rows)
+        scores, _ = learner.meter().measure(learner.generations.load(0), rows)
+        assert begun == [["q1", "q2", "q3", "q4"], ["q2", "q3", "q4"], ["q3", "q4"], ["q3", "q4"], ["q4"]]
+    assert {key: score.correct for key, score in scores.items()} == {key: score.correct for key, score in whole.items()}
+    losses = [[found[key].loss_nats for key in whole] for found in (scores, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1), "in other company a row has another rounding"
 
 
 def test_rows_that_training_had_no_time_for_wait_for_the_next_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

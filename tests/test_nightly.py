@@ -352,8 +352,12 @@ def test_every_outcome_has_its_exit_code_and_one_line(tmp_path: Path, base: Path
     now = datetime.now()
     window = "-".join(f"{now + timedelta(hours=h):%H:%M}" for h in (2, 3))
     profile.write_text(PROFILE + f'window = "{window}"\n')
+    died = home / "generations/.draft-1/model.gguf"
+    died.parent.mkdir()
+    died.write_bytes(b"half")
     code, out, error = run(home, "nightly", "--json")
     assert code == 75 and not out and one_line(error, "not now", f"outside the window {window}")
+    assert not died.parent.exists(), "it takes the room that the next night needs"
     profile.write_text(PROFILE.replace("1_500_000_000", "5_000_000"))
     code, out, error = run(home, "nightly")
     assert code == 1 and not out and one_line(error, "measure: took more than 0.0 GB of memory; raise ram_bytes")

@@ -46,3 +46,10 @@ def test_a_word_is_printed_as_soon_as_the_next_one_begins() -> None:
     assert [wrap.feed(piece) for piece in ("Mi", "ra", ", on", " Fri")] == ["", "", "Mira,", " on"]
     assert wrap.rest() == " Fri"
     assert [wrap.feed(piece) for piece in "雪雪"] == ["", "\n雪"]
+
+
+def test_a_word_wider_than_a_line_does_not_wait_for_its_end() -> None:
+    wrap = WordWrap(COLUMNS)
+    shown = [wrap.feed("a ")] + [wrap.feed("bcd") for _ in range(10)]
+    assert "".join(shown) == "a\n" + ("bcd" * 10)[:25]
+    assert wrap.rest() + wrap.feed(" ef") + wrap.rest() == "cdbcd\nef"

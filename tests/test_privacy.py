@@ -232,6 +232,17 @@ def test_who_learned_a_row_is_known_of_kept_rows_and_of_ids(home: Path) -> None:
             find(learner, " ")
 
 
+def test_in_a_store_that_was_begun_anew_a_row_is_nobodys_but_its_own(home: Path) -> None:
+    for path in home.glob("replay.db*"):
+        path.unlink()
+    with Learner(home) as learner:
+        learner.observe(lines({"anne": "right", "new": "row"}))
+        found = ids(learner, "new")
+        assert found[0] in learner.generations.load(1).manifest.learned
+        assert forget(learner, found) == [] and plan(learner) is None
+        assert (home / "generations/0002/asker.gguf").exists()
+
+
 def test_nothing_is_forgotten_while_a_night_runs(home: Path) -> None:
     with Learner(home) as learner, open(home / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -1,5 +1,6 @@
 """replay.db: roles and quotas, all or nothing, old and newer schemas, what is left of deleted text, two writers at once."""
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -197,6 +198,19 @@ def test_what_a_night_learned_that_was_rolled_back_is_added_again(path: Path) ->
         assert [row.id for row in store.rows("replay")] == [first.id]
         assert [row.generation for row in store.rows("pending")] == [None, None, None] and not store.rows("archive")
         assert fourth in store.rows("pending")
+        store.settle([third.id], [third.id], 2, archive=False)
+        other = Example((*third.example.messages[:-1], ("assistant", "b")), "t")
+        assert store.add([third.example, other], 0.0, undone={2}) == Added(added=1, duplicates=1, replaced=1), "and corrected"
+
+
+def test_a_store_has_a_number_of_its_own_for_good(path: Path, tmp_path: Path) -> None:
+    with Store(path) as store, Store(tmp_path / "other.db") as other:
+        number = store.number
+        assert 0 != number != other.number != 0
+        store.forget([], [])
+    shutil.copy(path, tmp_path / "backup.db")
+    with Store(path) as store, Store(tmp_path / "backup.db") as backup:
+        assert store.number == backup.number == number
 
 
 # --- settling ---------------------------------------------------------------------------------------------------------

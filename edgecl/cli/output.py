@@ -56,6 +56,7 @@ class WordWrap:
 
     def __init__(self, columns: int) -> None:
         self._columns, self._at, self._word = columns, 0, ""  # a word has the blanks before it
+        self._is_begun = False  # whether part of the word has been shown
 
     def feed(self, piece: str) -> str:
         """Return what can be printed now; the last word may go on in the next piece and waits for it."""
@@ -65,16 +66,22 @@ class WordWrap:
                 shown.append(self.rest() + "\n")
                 self._at = 0
                 continue
-            if self._word.strip() and (character == " " or cell_len(character) > 1):  # Chinese has no blanks
-                shown.append(self.rest())
+            if character == " " or cell_len(character) > 1:  # Chinese has no blanks
+                if self._word.strip():
+                    shown.append(self.rest())
+                self._is_begun = False
             self._word += character
+            if cell_len(self._word) > self._columns:
+                shown.append(self.rest())
+                self._is_begun = True
         return "".join(shown)
 
     def rest(self) -> str:
         """Return the word that waits."""
         word, self._word = self._word, ""
-        if self._at and self._at + cell_len(word) > self._columns:
+        if self._at and not self._is_begun and self._at + cell_len(word) > self._columns:
             self._at, word = 0, "\n" + word.lstrip(" ")
+        self._is_begun = False
         self._at += cell_len(word.lstrip("\n"))
         return word
 
