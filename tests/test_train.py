@@ -211,14 +211,20 @@ def test_warm_start_goes_on_where_the_last_night_ended(models):
     assert answer_loss(base, untouched, rows) == pytest.approx(answer_loss(base, first, rows), rel=1e-5)
 
 
-def test_time_limit_stops_early_with_a_usable_adapter(models, monkeypatch):
-    base, _ = models("llama")
+@pytest.fixture
+def one_minute_a_step(monkeypatch):
+    """Return a progress after which training's clock shows a minute more."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
-    def one_minute_a_step(done: int, total: int, loss: float) -> None:
+    def progress(done: int, total: int, loss: float) -> None:
         clock.now += 60
 
+    return progress
+
+
+def test_time_limit_stops_early_with_a_usable_adapter(models, one_minute_a_step):
+    base, _ = models("llama")
     rows = facts(24, 1)
     adapter, report = fit(base, rows, [], FAST, progress=one_minute_a_step, minutes=4.5)
     assert report.stopped_early and report.steps == 5 == len(report.losses)
@@ -228,14 +234,8 @@ def test_time_limit_stops_early_with_a_usable_adapter(models, monkeypatch):
     assert answer_loss(base, adapter, rows) < answer_loss(base, None, rows)
 
 
-def test_rows_that_no_step_came_to_are_named(models, monkeypatch):
+def test_rows_that_no_step_came_to_are_named(models, one_minute_a_step):
     base, _ = models("llama")
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-
-    def one_minute_a_step(done: int, total: int, loss: float) -> None:
-        clock.now += 60
-
     rows = facts(23, 1)
     unanswered = TrainRow([1, 2, 3], [False] * 3)
     _, report = fit(base, [unanswered, *rows], [], replace(FAST, epochs=2), progress=one_minute_a_step, minutes=1.5)
