@@ -239,7 +239,7 @@ def test_the_base_is_never_overwritten(base_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"quant": "int3"}, "quant must be one of keep, keep_kv8, F32, .*Q4_K_M; got int3"),
+        ({"quant": "int3"}, "quant must be one of int8, int4, keep, keep_kv8, F32, .*Q4_K_M; got int3"),
         ({"quant": "IQ1_S"}, "quant must be one of"),
         ({"rounding": "up"}, "rounding must be one of stochastic, nearest; got up"),
     ],
