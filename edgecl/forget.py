@@ -72,7 +72,8 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
         manifests = _manifests(learner)
         first = {row.id: row.generation for row in find(learner)}
         first |= {row_id: manifest.number for manifest in manifests[::-1] for row_id in manifest.learned}
-        if unknown := sorted(i for i in set(ids) - set(first) if not 0 < i <= learner.store.last_id()):
+        last = learner.store.last_id()
+        if unknown := sorted(row_id for row_id in set(ids) - set(first) if not 0 < row_id <= last):
             raise DataError(f"there is no row {unknown[0]}; `edgecl forget --contains TEXT --dry-run` shows rows and their ids")
         learned = [number for row_id in ids if (number := first.get(row_id))]
         # Every later night was trained from it, on the row while it was kept, or on what it wrote.

@@ -55,12 +55,12 @@ def make_home(
     except OSError as error:
         raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
     with night_lock(place):
-        fresh = place / NEW_BASE if written else path
+        fresh = place / NEW_BASE
         try:
             if written:
                 with translated(), open_source(path) as source:
                     merge(source, None, fresh, written)
-            _check_loads(fresh, limits, path)
+            _check_loads(fresh if written else path, limits, path)
             if exists:  # until here it can be used as before
                 for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
                     (place / old).unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def make_home(
             if written:
                 os.replace(fresh, base)
         finally:
-            (place / NEW_BASE).unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
     stat = base.stat()
     manifest = Manifest(
         number=0,

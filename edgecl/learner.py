@@ -132,7 +132,7 @@ class Learner:
             return self.redacted(example, counts)
 
         good, bad = parse_lines(examples, task, source, clean)
-        added = self.store.add(good, self.settings.replay.heldout, replace, self.generations.undone())
+        added = self.store.add(good, self.settings.replay.heldout, replace, self.generations.undone)
         return ObserveReport(**asdict(added), bad=bad, redacted=dict(counts))
 
     def redacted(self, example: Example, counts: Counter[str]) -> Example:

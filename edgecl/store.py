@@ -20,7 +20,7 @@ import secrets
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -100,7 +100,7 @@ class Store:
     # --- examples -----------------------------------------------------------------------------------------------
 
     def add(
-        self, examples: Iterable[Example], heldout_share: float, replace: bool = True, undone: Collection[int] = ()
+        self, examples: Iterable[Example], heldout_share: float, replace: bool = True, undone: Callable[[], set[int]] = set
     ) -> Added:
         """Store examples as pending, all or none, and set part of each task aside for measuring, where many come at once.
 
@@ -108,7 +108,7 @@ class Store:
 
         Args:
             replace: whether an answer replaces an older one to the same prompt; else it counts as a duplicate.
-            undone: generations that were rolled back: what they alone had learned is added again, no duplicate.
+            undone: asked where a row is known: which generations were rolled back. What they had learned is added again.
 
         Raises:
             DataError: a text is not Unicode; nothing was stored.
@@ -119,14 +119,15 @@ class Store:
         given: Counter[str] = Counter()
         known: dict[int, tuple[dict[str, Any], str]] = {}
         with self._transaction():
-            last = self._db.execute("select coalesce(max(id), 0) from examples").fetchone()[0]
+            last = self.last_id()
             for example in examples:
                 known |= {row["id"]: (row, example.task) for row in self._add_one(example, now, report, replace)}
                 given[example.task] += 1
             report.heldout = sum(self._hold_out(task, last, heldout_share) for task in sorted(given))
+            gone = undone() if known and replace else set()
             for row_id, (row, task) in known.items() if replace else ():
                 is_single = row["role"] == "heldout" and not heldout_quota(given[task], heldout_share)
-                if is_single or row["generation"] in undone:
+                if is_single or row["generation"] in gone:
                     again = "update examples set role = 'pending', generation = null where id = ?"
                     n = self._db.execute(again, [row_id]).rowcount
                     report.added, report.duplicates = report.added + n, report.duplicates - n
@@ -277,8 +278,7 @@ class Store:
     def last_id(self) -> int:
         """Return the greatest id that a row has or had."""
         with self._reading():
-            found = self._db.execute("select seq from sqlite_sequence where name = 'examples'").fetchone()
-        return int(found[0]) if found else 0
+            return int(self._db.execute("select max(seq) from sqlite_sequence where name = 'examples'").fetchone()[0] or 0)
 
     def forgotten(self) -> set[str]:
         """Return the hashes of generations that learned from a row that was forgotten since."""

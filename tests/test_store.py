@@ -194,13 +194,15 @@ def test_what_a_night_learned_that_was_rolled_back_is_added_again(path: Path) ->
         store.settle([first.id], [first.id], 1, archive=False)
         store.settle([second.id], [second.id], 2, archive=False)
         store.settle([third.id], [], 2, archive=True)
-        assert store.add(examples(4), 0.0, undone={2, 3}) == Added(added=2, duplicates=2)
+        assert store.add(examples(4), 0.0, undone=lambda: {2, 3}) == Added(added=2, duplicates=2)
         assert [row.id for row in store.rows("replay")] == [first.id]
         assert [row.generation for row in store.rows("pending")] == [None, None, None] and not store.rows("archive")
         assert fourth in store.rows("pending")
         store.settle([third.id], [third.id], 2, archive=False)
         other = Example((*third.example.messages[:-1], ("assistant", "b")), "t")
-        assert store.add([third.example, other], 0.0, undone={2}) == Added(added=1, duplicates=1, replaced=1), "and corrected"
+        assert store.add([third.example, other], 0.0, undone=lambda: {2}) == Added(added=1, duplicates=1, replaced=1), (
+            "and corrected"
+        )
 
 
 def test_a_store_has_a_number_of_its_own_for_good(path: Path, tmp_path: Path) -> None:
