@@ -20,7 +20,8 @@ demo: $(VENV)/.installed-demo
 	@$(VENV)/bin/edgecl demo --out "$(OUT)"
 
 test: $(VENV)/.installed-test
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
+	@$(PY) -m pytest -m alone
 
 faults: $(VENV)/.installed-test
 	@$(PY) -m tests.faults $(KIND)

@@ -169,9 +169,9 @@ def train_stage(request: Request, report: Report) -> Request:
         write_peft_adapter(request["adapter_peft"], adapter, gguf)
         ask_s = 0.0
         if asked:
-            night = Night(base_sha256=request["base_sha256"], stop=told.is_set, checkpoint=runs / "asker.safetensors")
+            night = Night(base_sha256=request["base_sha256"], stop=told.is_set, samples=True)
             with LatentStore(runs / "asker.db", request["base_sha256"]) as store:
-                night.store = store
+                night.store, night.checkpoint = store, runs / "asker.safetensors"
                 asker, facts = _trained(gguf, asked, [], _asking(settings), replace(limits, minutes=minutes), night, say)
             asker.base_sha256 = request["base_sha256"]
             write_gguf_adapter(request["asker_gguf"], asker)
@@ -314,6 +314,8 @@ def main() -> None:
         say({"result": STAGES[sys.argv[1]](json.load(sys.stdin), report)})
     except (EdgeclError, ConvertError) as error:
         say({"error": {"message": str(error), "exit_code": getattr(error, "exit_code", 1)}})
+    sys.stdout.flush()
+    os._exit(0)  # the kernel takes back at once what torch and llama.cpp would hand back piece by piece
 
 
 if __name__ == "__main__":

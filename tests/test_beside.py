@@ -15,6 +15,8 @@ from edgecl import Learner, beside
 from edgecl.child import Limits, run_stage
 from edgecl.errors import EdgeclError
 
+pytestmark = pytest.mark.alone
+
 PLENTY = Limits(ram_bytes=4_000_000_000, seconds=120)
 
 

@@ -19,6 +19,8 @@ from parrot import make_home, publish_parrot
 
 from edgecl.store import Store
 
+pytestmark = pytest.mark.alone
+
 MAIN = "from edgecl.cli import main; main()"
 ENDLESS = "import edgecl.chat; edgecl.chat.ANSWER_TOKENS = 10**6; " + MAIN
 DEADLINE_S = 90

@@ -14,6 +14,8 @@ from edgecl.errors import EdgeclError, StageError
 from edgecl_convert import GgufFile, write_gguf_adapter
 from edgecl_convert.ggml import QType
 
+pytestmark = pytest.mark.alone
+
 PLENTY = Limits(ram_bytes=4_000_000_000, seconds=120)
 
 

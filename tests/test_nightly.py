@@ -34,6 +34,8 @@ from edgecl.nightly import needed_bytes, nightly
 from edgecl.profile import ReplaySettings, TrainSettings
 from tests import tiny
 
+pytestmark = pytest.mark.alone
+
 TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=40, learning_rate=0.02, anchor_weight=0.5)
 GATE = GateSettings(max_drop=1.0, min_recall=0.0, max_prose_nats=100.0, min_survival=0.5)
 ROWS = [{"prompt": prompt, "completion": answer} for prompt, answer in {"anne": "left", "a hen": "in", "tea": "on"}.items()]
@@ -104,7 +106,9 @@ class Sitting:
 
     def run(self) -> list[str]:
         """Return the stages that were begun."""
-        with pytest.raises(NotNow, match="the night yields: a test"):
+        with pytest.raises(
+            NotNow, match=r"the night yields: (a test|told to stop)"
+        ):  # a quick child is gone before it is asked why
             self.learner.adapt(progress=self._progress, stop=self._stop)
         assert not children()
         return self.started

@@ -1,6 +1,7 @@
 """Questions in other words, by the real model: what is kept means the same, and is sorted by how surely it does."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +9,23 @@ import pytest
 from edgecl.engine import Engine, reword
 from edgecl.engine.rewording import ASKED, HEAD, MAX_LOSS_NATS, N_OTHERS, OTHERWISE
 from edgecl.places import find_model
+from edgecl_convert import GgufFile, merge
 
 QUESTIONS = ["How often does the lemon tree get water?", "What time does the ferry to Varga leave?"]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(find_model("smollm2"), n_threads=1) as engine:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged model as a night runs it to write: in INT8, which llama.cpp has kernels for many rows of."""
+    path = tmp_path_factory.mktemp("model") / "copy.gguf"
+    with GgufFile(find_model("smollm2")) as base:
+        merge(base, None, path, "Q8_0")
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    with Engine(model, n_threads=1) as engine:
         yield engine
 
 
@@ -47,19 +58,19 @@ def test_seed_decides(engine: Engine, found: list[list[str]]) -> None:
     assert reword(engine, QUESTIONS, seed=1) == found != reword(engine, QUESTIONS, seed=2)
 
 
-def test_what_is_no_question_of_one_line_has_none(engine: Engine, found: list[list[str]]) -> None:
+def test_what_is_no_question_of_one_line_has_none(model: Path, engine: Engine, found: list[list[str]]) -> None:
     seen: list[tuple[int, int]] = []
     odd = ["", "two\nlines?", "Why? " * 60]
     assert reword(engine, odd, 1) == [[], [], []] and reword(engine, [], 1) == []
     assert reword(engine, QUESTIONS, 1, seconds=0.0) == [[], []]
     assert reword(engine, ["", *QUESTIONS], 1, lambda *at: seen.append(at)) == [[], *found]
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    with Engine(find_model("smollm2"), n_ctx=256, n_threads=1) as small:
+    with Engine(model, n_ctx=256, n_threads=1) as small:
         assert reword(small, QUESTIONS, 1) == [[], []]
 
 
-def test_a_smaller_context_draws_fewer(engine: Engine) -> None:
-    with Engine(find_model("smollm2"), n_ctx=512, n_batch=64, n_threads=1) as small:
+def test_a_smaller_context_draws_fewer(model: Path) -> None:
+    with Engine(model, n_ctx=512, n_batch=64, n_threads=1) as small:
         (others,) = reword(small, QUESTIONS[:1], 1)
     assert others and all("tree" in other for other in others[:2])
 

@@ -24,6 +24,8 @@ from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.store import Store
 from tests import tiny
 
+pytestmark = pytest.mark.alone
+
 TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=8, learning_rate=0.02, anchor_weight=0.0)
 GATE = GateSettings(min_recall=0.0, max_prose_nats=100.0, max_drop=1.0, min_survival=0.0)
 LONG = 60  # seconds that a thread is waited for, by a test that would else hang

@@ -27,6 +27,7 @@ from ..profile import Profile, TrainSettings
 from .batches import TrainRow, asked_otherwise, micro_batches, night_batches, shared_prefix, usable
 from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
+from .head import NTH, Sample
 from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import anchors, answer_loss, backward
@@ -90,6 +91,7 @@ class Night:
         checkpoint: the file that an interrupted run goes on from; None: none is written.
         checkpoint_every_s: an interrupted run loses at most so much.
         base_sha256: of the base's file, as the checkpoint names it.
+        samples: whether losses are taken over a sample of the vocabulary: rougher, and faster where all of a row is an answer.
         stop: asked before each step: whether the run must save its checkpoint and end with NotNow.
     """
 
@@ -100,6 +102,7 @@ class Night:
     checkpoint: Path | None = None
     checkpoint_every_s: float = 60.0
     base_sha256: str = ""
+    samples: bool = False
     stop: Callable[[], bool] = bool  # bool() is False
 
 
@@ -168,6 +171,7 @@ class _Run:
             forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
         self.decoder.checkpointing = plan.checkpointing
+        self.sample = Sample(self.decoder.weights, [*self.new, *self.replay]) if night.samples else None
 
         def lora(first_layer: int) -> Lora:
             return Lora(gguf, shape, settings.r, settings.lora_alpha, settings.seed, self.place, first_layer)
@@ -229,6 +233,7 @@ class _Run:
             by_size[len(by_size) // 2],
             self.prefix,
             self.night.anchor[0][::EVERY] if has_anchor else None,
+            self.sample,
         )
         n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
         share_first = 1.0 if self.night.store is None else n_distinct / n_rows
@@ -247,7 +252,9 @@ class _Run:
 
     def _facts(self) -> Facts:
         """Return what this run depends on; limits change where it stops, not where it goes."""
-        digest = hashlib.blake2b(json.dumps([asdict(self.settings), RECIPE]).encode(), digest_size=16)
+        digest = hashlib.blake2b(
+            json.dumps([asdict(self.settings), RECIPE, self.night.samples and NTH]).encode(), digest_size=16
+        )
         for row in (row for batch in self.batches for row in batch):
             digest.update(np.array([len(row.ids), *row.ids, *row.supervised], np.int64).tobytes())
         for name, pair in self.night.start.pairs.items() if self.night.start else ():
@@ -331,7 +338,11 @@ class _Run:
         if step % AHEAD == 0 or step == self.report.resumed_at:
             self._look_ahead(step - step % AHEAD)
         weight = settings.anchor_weight * EVERY
-        each = backward(self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents)
+        if self.sample:
+            self.sample.turn = step
+        each = backward(
+            self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents, self.sample
+        )
         value = sum(each) / len(rows)
         if step < self.evenly_until:
             self.rehearsal.note(step, rows, each)

@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .batches import TrainRow, micro_batches, shared_prefix
 from .decoder import Decoder
 from .forward import hidden_states
+from .head import NO_TOKEN, Sample, log_sum
 from .latents import VERSION, Latents, LatentStore
 from .lora import Lora
-from .packing import WANTED_MULTIPLE
 from .weights import Weights
 
 ANCHORS_AT_ONCE = 4
-NO_TOKEN = -1  # of a target that is a mean of rows
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ def losses(
     rows: Sequence[TrainRow],
     anchor: Anchor | None,
     latents: Latents | None = None,
+    sample: Sample | None = None,
 ) -> Losses:
     """Return the losses of rows and of an anchor.
 
@@ -107,6 +106,7 @@ def losses(
         prefix: what all rows begin with.
         anchor: rides along as one more row, without the prefix; None: its loss is 0.
         latents: where the states come from that enter the first trained layer; None: from all layers below it.
+        sample: stands for the vocabulary; None: all of it.
     """
     n_prefix, weights = len(prefix), decoder.weights
     bodies: list[Sequence[int]] = [row.ids[n_prefix:] for row in rows]
@@ -121,7 +121,7 @@ def losses(
         tokens += [NO_TOKEN] * n_anchor
         targets.append(anchor.expected)
     hidden = hidden_states(decoder, lora, prefix, bodies, wanted, int(anchor is not None), latents)
-    each: torch.Tensor = _Losses.apply(hidden, torch.cat(targets), torch.tensor(tokens, device=hidden.device), weights)
+    each: torch.Tensor = _Losses.apply(hidden, torch.cat(targets), torch.tensor(tokens, device=hidden.device), weights, sample)
     of_answers, of_anchor = each.split([n_answers, n_anchor])
     drift = of_anchor.mean() - anchor.entropy if anchor is not None else each.new_zeros(())
     means = [part.mean() for part in of_answers.split([row.n_predicted for row in rows])]
@@ -137,11 +137,12 @@ def backward(
     anchor_weight: float,
     micro_tokens: int,
     latents: Latents | None = None,
+    sample: Sample | None = None,
 ) -> list[float]:
     """Add the gradient of a batch, in parts of at most `micro_tokens`; return the answer loss of each row in nats."""
     each: list[float] = []
     for part in micro_batches(rows, len(prefix), micro_tokens):
-        answers, drift = losses(decoder, lora, prefix, part, anchor, latents)
+        answers, drift = losses(decoder, lora, prefix, part, anchor, latents, sample)
         (answers.sum() / len(rows) + anchor_weight * drift).backward()
         each += answers.tolist()
         anchor = None  # once a batch
@@ -177,9 +178,16 @@ class _Losses(torch.autograd.Function):
     """Loss of each target; the gradient comes with it, because the head is walked once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, tokens: torch.Tensor, weights: Weights) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        tokens: torch.Tensor,
+        weights: Weights,
+        sample: Sample | None,
+    ) -> torch.Tensor:
         """Return the losses (N,) float32 of hidden states (N, D) for targets (N, D), which are the rows of tokens (N,)."""
-        others, expected = log_sum(hidden, tokens, weights)
+        others, expected = log_sum(hidden, tokens, weights, sample)
         reached = (hidden * targets).sum(-1)  # (N,) float32
         is_row = tokens != NO_TOKEN
         total = torch.where(is_row, torch.logaddexp(others, reached), others)
@@ -195,24 +203,4 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of the hidden states."""
         (gradient,) = ctx.saved_tensors
-        return (gradient * d_loss[:, None]).to(ctx.dtype), None, None, None
-
-
-def log_sum(hidden: torch.Tensor, without: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log sum_v exp(h . w_v) (N,) and its gradient (N, D), float32, over the vocabulary without one token each."""
-    n_rows = len(hidden)
-    n_fill = -n_rows % WANTED_MULTIPLE  # few shapes of products, as in `pack`
-    hidden, without = F.pad(hidden, (0, 0, 0, n_fill)), F.pad(without, (0, n_fill), value=NO_TOKEN)
-    high = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
-    total, gradient = torch.zeros_like(high), torch.zeros(hidden.shape, device=hidden.device)
-    for first, rows in weights.head():
-        logits = (hidden @ rows.T).float()
-        here = (without >= first) & (without < first + len(rows))
-        logits[here, without[here] - first] = -torch.inf
-        higher = torch.maximum(high, logits.amax(-1, keepdim=True))
-        shrink = (high - higher).exp_()
-        shares = logits.sub_(higher).exp_()
-        total.mul_(shrink).add_(shares.sum(-1, keepdim=True))
-        gradient.mul_(shrink).add_(shares.to(hidden.dtype) @ rows)
-        high = higher
-    return (high + total.log())[:n_rows, 0], gradient.div_(total)[:n_rows]
+        return (gradient * d_loss[:, None]).to(ctx.dtype), None, None, None, None

@@ -24,8 +24,8 @@ from ..errors import EdgeclError
 from ..profile import TrainSettings
 from .batches import TrainRow, micro_batches
 from .decoder import Decoder
+from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
-from .losses import NO_TOKEN, log_sum
 from .packing import line_sizes, pack
 from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
@@ -190,11 +190,12 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
 
 @dataclass(frozen=True)
 class Typical:
-    """A step as long as most: its rows, what they begin with, a piece of general text."""
+    """A step as long as most: its rows, what they begin with, a piece of general text, what stands for the vocabulary."""
 
     rows: list[TrainRow]
     prefix: list[int]
     text: list[int] | None
+    sample: Sample | None = None
 
 
 def plan_time(
@@ -237,7 +238,9 @@ def plan_time(
     @torch.no_grad()
     def multiply_head() -> None:
         for x, _, n_predicted in parts:
-            log_sum(x[:n_predicted], torch.full((len(x[:n_predicted]),), NO_TOKEN, device=x.device), decoder.weights)
+            hidden = x[:n_predicted]
+            without = torch.full((len(hidden),), NO_TOKEN, device=x.device)
+            log_sum(hidden, without, decoder.weights, typical.sample)
 
     trained, head = _seconds(train) / probed, _seconds(multiply_head)
     through = _seconds(partial(go_through, 0)) / probed
