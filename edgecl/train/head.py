@@ -37,10 +37,11 @@ class Sample:
     def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Yield tokens (n,) in rising order, their rows (n, D), and what is added to their logits, or None."""
         for first, rows in self._weights.head():
-            skipped = (self.turn - first) % NTH
-            tokens = torch.arange(first + skipped, first + len(rows), NTH, device=rows.device)
-            is_answer = torch.isin(tokens, self._answers)
-            yield tokens, rows[skipped::NTH], torch.where(is_answer, -math.inf, math.log(NTH))
+            others = range(first + (self.turn - first) % NTH, first + len(rows), NTH)
+            if others:  # a last part may be shorter
+                tokens = torch.arange(others.start, others.stop, NTH, device=rows.device)
+                is_answer = torch.isin(tokens, self._answers)
+                yield tokens, rows[others.start - first :: NTH], torch.where(is_answer, -math.inf, math.log(NTH))
         yield self._answers, self._rows, None
 
 
