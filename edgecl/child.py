@@ -119,7 +119,7 @@ def run_stage(
     if result is not None and not process.returncode:
         return result, watch.peak_rss_bytes
     if watch.yielding or failure is not None or process.returncode == -signal.SIGTERM:
-        raise _yielded(watch.yielding or "told to stop")
+        raise _yielded(watch.yielding or limits.stop() or "told to stop")
     raise StageError(stage, _how_it_ended(process.returncode, tail), tail)
 
 

@@ -42,11 +42,13 @@ class GateSettings:
         """Refuse what nothing can be compared with.
 
         Raises:
-            SettingError: a tolerance is NaN.
+            SettingError: a share is not from 0 to 1, or the tolerance of prose is NaN.
         """
-        for key, value in vars(self).items():
-            if math.isnan(value):
-                raise SettingError(f"gate.{key} must be a number, got {value}")
+        for key in ("max_drop", "min_recall", "min_survival"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise SettingError(f"gate.{key} must be from 0 to 1, got {getattr(self, key)}")
+        if math.isnan(self.max_prose_nats):
+            raise SettingError(f"gate.max_prose_nats must be a number, got {self.max_prose_nats}")
 
 
 @dataclass(frozen=True)

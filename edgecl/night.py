@@ -125,6 +125,8 @@ class Night:
             NotNow: the night yields; the next one goes on from there.
             EdgeclError: a stage failed; what served before serves still, and no row left `pending`.
         """
+        for quant in (self.settings.quant, *self.compare):
+            self._qtype(quant)  # an unknown one is said before hours of work
         yesterday = self.generations.current()
         unknown = self.generations.unknown(yesterday)  # what was rolled back is not rehearsed
         replay = [row for row in self.store.rows("replay") if row.generation not in unknown]
@@ -285,16 +287,14 @@ class Night:
             report.reason = f"{wanted} kept {report.survival[wanted]:.0%} of the night, so {report.served} serves"
         return served
 
-    def _merge_one(self, draft: Path, quant: str) -> tuple[Generation, dict[str, Any]]:
+    def _qtype(self, quant: str) -> str:
         with GgufFile(self.settings.base) as gguf:
-            qtype = resolve_quant(quant, gguf, learned=True)
+            return resolve_quant(quant, gguf, learned=True)
+
+    def _merge_one(self, draft: Path, quant: str) -> tuple[Generation, dict[str, Any]]:
+        qtype = self._qtype(quant)
         path = draft / f"model-{quant if qtype.startswith('keep') else qtype}.gguf"
-        request = {
-            "base": self.settings.base,
-            "adapter": str(draft / "adapter.gguf"),
-            "out": str(path),
-            "quant": qtype,
-        }
+        request = {"base": self.settings.base, "adapter": str(draft / "adapter.gguf"), "out": str(path), "quant": qtype}
         result, peak = run_stage("merge", request, self.limits, self.progress)
         self.report.peak_rss_bytes = max(self.report.peak_rss_bytes, peak)
         return _draft(draft, path, None), result

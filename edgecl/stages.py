@@ -293,7 +293,7 @@ STAGES = {
 
 
 def main() -> None:
-    """Run one stage; errors come out as one JSON line, anything else as a traceback in the log."""
+    """Run one stage and end the process; errors come out as one JSON line, anything else as a traceback in the log."""
     os.umask(0o077)  # what a stage writes lies in a home, and is its owner's alone
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints goes to the log, not between the JSON lines

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import CPU32, answer_loss, facts, fit
+from test_train import CPU32, FAST, answer_loss, facts, fit
 from tiny import N_VOCAB, build
 
 from edgecl.errors import NotNow
-from edgecl.train import Night
+from edgecl.train import LatentStore, Night
 from edgecl.train.decoder import Decoder
 from edgecl.train.head import NO_TOKEN, NTH, Sample, log_sum
 from edgecl_convert import GgufFile
@@ -33,8 +33,8 @@ def test_over_all_turns_a_sample_sums_to_the_vocabulary(
 ) -> None:
     assert 0 < N_VOCAB % 16 < NTH, "in one turn, nothing of the last part"
     weights = Decoder(base, CPU32, resident_head=is_resident).weights
-    monkeypatch.setattr("edgecl.train.weights.HEAD_PART", rows_at_once * base_width(weights))
-    hidden = torch.randn(5, base_width(weights), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("edgecl.train.weights.HEAD_PART", rows_at_once * weights.shape.width)
+    hidden = torch.randn(5, weights.shape.width, generator=torch.Generator().manual_seed(1))
     without = torch.tensor([NO_TOKEN, *ANSWERS[:4]])
     sample, sums, gradients = Sample(weights, ROWS), [], []
     for sample.turn in range(NTH):
@@ -50,7 +50,7 @@ def test_over_all_turns_a_sample_sums_to_the_vocabulary(
 
 def test_the_whole_vocabulary_is_what_torch_sums(base: GgufFile) -> None:
     weights = Decoder(base, CPU32).weights
-    hidden = torch.randn(3, base_width(weights), generator=torch.Generator().manual_seed(2)).requires_grad_()
+    hidden = torch.randn(3, weights.shape.width, generator=torch.Generator().manual_seed(2)).requires_grad_()
     logits = hidden @ weights.head_rows(range(N_VOCAB)).T
     left = torch.ones(3, N_VOCAB, dtype=torch.bool)
     left[1, 7] = left[2, N_VOCAB - 1] = False
@@ -64,7 +64,7 @@ def test_the_whole_vocabulary_is_what_torch_sums(base: GgufFile) -> None:
 def test_a_sample_whose_others_are_all_answers_is_a_number(base: GgufFile) -> None:
     weights = Decoder(base, CPU32).weights
     everything = [replace(ROWS[0], ids=list(range(N_VOCAB)), supervised=[True] * N_VOCAB)]
-    hidden = torch.randn(2, base_width(weights), generator=torch.Generator().manual_seed(3))
+    hidden = torch.randn(2, weights.shape.width, generator=torch.Generator().manual_seed(3))
     without = torch.tensor([NO_TOKEN, 5])
     for found, expected in zip(
         log_sum(hidden, without, weights, Sample(weights, everything)), log_sum(hidden, without, weights), strict=True
@@ -80,14 +80,13 @@ def test_rows_are_learned_by_heart_with_a_sample_and_a_run_goes_on_bit_for_bit(b
     assert answer_loss(base, sampled, rows) < 0.1 * before
     assert answer_loss(base, sampled, rows) < answer_loss(base, whole, rows) + 0.05 * before
 
-    steps = iter(range(report.steps))
+    upper, steps = replace(FAST, depth=0.5), iter(range(report.steps))
     night = Night(samples=True, checkpoint=tmp_path / "run.safetensors", stop=lambda: next(steps) == report.steps // 2)
-    with pytest.raises(NotNow):
-        fit(base, rows, night=night)
-    again, resumed = fit(base, rows, night=replace(night, stop=bool))
-    assert resumed.resumed_at == report.steps // 2
-    assert all((a == b).all() for name in sampled.pairs for a, b in zip(sampled.pairs[name], again.pairs[name], strict=True))
-
-
-def base_width(weights) -> int:
-    return weights.shape.width
+    with LatentStore(tmp_path / "latents.db", "") as night.store:
+        uninterrupted, _ = fit(base, rows, settings=upper, night=Night(samples=True, store=night.store))
+        with pytest.raises(NotNow):
+            fit(base, rows, settings=upper, night=night)
+        resumed, report = fit(base, rows, settings=upper, night=replace(night, stop=bool))
+    assert report.resumed_at == report.steps // 2
+    for name, pair in uninterrupted.pairs.items():
+        assert all((a == b).all() for a, b in zip(pair, resumed.pairs[name], strict=True))

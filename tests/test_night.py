@@ -337,3 +337,15 @@ def test_a_night_whose_answers_do_not_belong_to_their_questions_is_refused(tmp_p
     assert result.kind == "heldout" and result.loss_high < 0, "the model learned what answers look like, either way"
     assert report.accepted == belong
     assert belong or "the answer to another question is as likely" in report.reason
+
+
+def test_a_quant_that_is_none_is_said_before_a_stage_is_run(
+    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf")[0]
+    with Learner.init(base, tmp_path / "home", train=TRAIN) as learner:
+        learner.settings = replace(learner.settings, quant="int9")
+        learner.observe([json.dumps({"prompt": "anne", "completion": "left"})])
+        with pytest.raises(EdgeclError, match="int9"):
+            learner.adapt()
+        assert not requests and len(learner.store.rows("pending")) == 1

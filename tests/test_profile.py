@@ -142,7 +142,7 @@ SETTINGS = values_of(
     ),
     replay=values_of(ReplaySettings),
     privacy=values_of(PrivacySettings),
-    gate=values_of(GateSettings, max_drop=st.floats(allow_nan=False)),
+    gate=values_of(GateSettings, max_prose_nats=st.floats(allow_nan=False)),
 )
 
 
@@ -176,7 +176,9 @@ def test_settings_are_read_back_as_they_were_written(tmp_path_factory: pytest.Te
         ("base = 'b'\n[replay]\nshare = 1.1", "replay.share must be from 0 to 1, got 1.1"),
         ("base = 'b'\n[replay]\nheldout = nan", "replay.heldout must be from 0 to 1, got nan"),
         ("base = 'b'\n[replay]\narchive = 1", "archive must be a bool, got 1"),
-        ("base = 'b'\n[gate]\nmax_drop = nan", "gate.max_drop must be a number, got nan"),
+        ("base = 'b'\n[gate]\nmax_prose_nats = nan", "gate.max_prose_nats must be a number, got nan"),
+        ("base = 'b'\n[gate]\nmax_drop = nan", "gate.max_drop must be from 0 to 1, got nan"),
+        ("base = 'b'\n[gate]\nmin_recall = 75", "gate.min_recall must be from 0 to 1, got 75"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, reason: str) -> None:

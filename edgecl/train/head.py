@@ -20,7 +20,9 @@ class Sample:
     """A sample of the vocabulary: the tokens of a run's answers, and every NTH of the others, in turn.
 
     What is in no answer is only to be unlikely, and needs no more than a look now and then. Over NTH turns each token counts as
-    often as in the whole vocabulary, so sums are right on average.
+    often as in the whole vocabulary, so sums are right on average. *Does not cover*: targets that are a mean of rows, a
+    teacher's or an anchor's: what they hold and no answer does would be pushed up in turns that do not see it. A head that is
+    not resident is decoded whole.
 
     Attributes:
         turn: which of the others are in it; a run moves it with each step.

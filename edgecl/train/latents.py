@@ -20,7 +20,7 @@ from .decoder import Decoder
 from .lora import Lora
 from .packing import pack
 
-VERSION = 2  # of what an entry holds: raised when a change of the decoder makes other states of the same row
+VERSION = 3  # of what an entry holds: raised when a change of the decoder makes other states of the same row
 MAX_BYTES = 1 << 30
 
 

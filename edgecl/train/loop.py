@@ -91,7 +91,7 @@ class Night:
         checkpoint: the file that an interrupted run goes on from; None: none is written.
         checkpoint_every_s: an interrupted run loses at most so much.
         base_sha256: of the base's file, as the checkpoint names it.
-        samples: whether losses are taken over a sample of the vocabulary: rougher, and faster where all of a row is an answer.
+        samples: whether losses are taken over a `Sample` of the vocabulary: for rows to be known by heart, without an anchor.
         stop: asked before each step: whether the run must save its checkpoint and end with NotNow.
     """
 
@@ -171,7 +171,7 @@ class _Run:
             forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
         self.decoder.checkpointing = plan.checkpointing
-        self.sample = Sample(self.decoder.weights, [*self.new, *self.replay]) if night.samples else None
+        self.sample = Sample(self.decoder.weights, self.new) if night.samples else None
 
         def lora(first_layer: int) -> Lora:
             return Lora(gguf, shape, settings.r, settings.lora_alpha, settings.seed, self.place, first_layer)
@@ -229,12 +229,8 @@ class _Run:
         if not self.batches:
             return plan
         by_size = sorted(self.batches, key=lambda batch: sum(len(row.ids) for row in batch))
-        typical = Typical(
-            by_size[len(by_size) // 2],
-            self.prefix,
-            self.night.anchor[0][::EVERY] if has_anchor else None,
-            self.sample,
-        )
+        text = self.night.anchor[0][::EVERY] if has_anchor else None
+        typical = Typical(by_size[len(by_size) // 2], self.prefix, text, self.sample)
         n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
         share_first = 1.0 if self.night.store is None else n_distinct / n_rows
         return plan_time(
@@ -253,7 +249,7 @@ class _Run:
     def _facts(self) -> Facts:
         """Return what this run depends on; limits change where it stops, not where it goes."""
         digest = hashlib.blake2b(
-            json.dumps([asdict(self.settings), RECIPE, self.night.samples and NTH]).encode(), digest_size=16
+            json.dumps([asdict(self.settings), RECIPE, NTH if self.night.samples else 0]).encode(), digest_size=16
         )
         for row in (row for batch in self.batches for row in batch):
             digest.update(np.array([len(row.ids), *row.ids, *row.supervised], np.int64).tobytes())

@@ -1,4 +1,4 @@
-"""The head and its losses, part by part of the vocabulary, and only where something is predicted.
+"""The losses, only where something is predicted.
 
 A target is a row t of the head, or a mean of its rows: the loss log sum_v exp(h . w_v) - h . t is then the cross entropy of
 an answer token, or, up to the entropy, that against a whole distribution p of the base, with t = sum_v p_v w_v. So the base's

@@ -104,7 +104,7 @@ class Weights:
 
     def head(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the head in parts: the first token of a part, and its rows (n, D), good until the next part."""
-        step = max(16, HEAD_PART // self.shape.width // 16 * 16)  # few shapes of products, of a sample too
+        step = max(16, HEAD_PART // self.shape.width // 16 * 16)  # few shapes of products; a multiple of head.NTH
         for first in range(0, self.shape.n_vocab, step):
             last = min(first + step, self.shape.n_vocab)
             if self._head is not None:
