@@ -15,8 +15,14 @@ from edgecl.data import normalize
 from edgecl.engine import Engine, write_rows
 from edgecl.template import chat_format
 from edgecl_convert import GgufFile
+from edgecl_convert.ggml import bf16_is_fast
 
-pytestmark = pytest.mark.alone
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(
+        not bf16_is_fast(), reason="7 minutes on two cores without fast bfloat16; examples/small_nights.py measures the same"
+    ),
+]
 
 FIRST = [
     ("Who waters the plants in the office?", "Mira, every Friday."),
