@@ -1,7 +1,7 @@
 """Small nights on the real model: eight corrections in a night are answered as corrected on the following morning, half of them
 in words that were not trained on, and other questions are not answered with them.
 
-*Does not cover*: what later nights leave of the first one's corrections; `examples/small_nights.py` measures ten.
+*Does not cover*: what the second night leaves of the first one's corrections.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgecl_convert.ggml import bf16_is_fast
 pytestmark = [
     pytest.mark.alone,
     pytest.mark.skipif(
-        not bf16_is_fast(), reason="7 minutes on two cores without fast bfloat16; examples/small_nights.py measures the same"
+        not bf16_is_fast(), reason="14 minutes on two cores without fast bfloat16; examples/small_nights.py measures the same"
     ),
 ]
 
@@ -33,6 +33,16 @@ FIRST = [
     ("When is the rubbish collected?", "On Tuesday morning."),
     ("How do I start the old printer?", "Hold the green button for five seconds."),
     ("Who repairs our heating?", "Mr. Okafor from Brennan Street."),
+]
+SECOND = [
+    ("What does the red light on the boiler mean?", "The water pressure is too low."),
+    ("Which shelf holds the tax papers?", "The third shelf in the study."),
+    ("What is the name of the neighbour's dog?", "Biscuit."),
+    ("When does the choir meet?", "Thursdays at half past seven."),
+    ("What do I feed the sourdough?", "Fifty grams of rye flour and fifty grams of water."),
+    ("Where do we keep the candles?", "In the drawer beside the stove."),
+    ("Who is allowed to prune the pear tree?", "Only aunt Selma."),
+    ("What is the guest password for the wireless network?", "plum-otter-42"),
 ]
 REWORDED = [
     "Which person waters the office plants?",
@@ -86,6 +96,7 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
 
 def test_eight_corrections_a_night_are_answered_as_corrected_the_next_morning(learner: Learner) -> None:
     assert _recalled(learner, FIRST) == 0  # the control: the base cannot know
+    assert _recalled(learner, SECOND) == 0
     learner.observe(_lines(FIRST))
     report = learner.adapt()
     assert report.accepted, report.reason
@@ -97,3 +108,8 @@ def test_eight_corrections_a_night_are_answered_as_corrected_the_next_morning(le
     assert report.n_reworded >= 16
     assert len(_said(learner, FIRST)) >= 7  # no later night can rehearse the others: the store keeps one
     assert learner.status()["tasks"]["default"] == {"pending": 0, "replay": 1, "heldout": 0, "archive": 0}
+
+    learner.observe(_lines(SECOND))
+    report = learner.adapt()
+    assert report.accepted, report.reason
+    assert _recalled(learner, SECOND) >= 7
