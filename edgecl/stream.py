@@ -196,7 +196,7 @@ class _Run:
                 night, found = self._night(learner, i, compare)
                 nights.append(night)
                 rows.append(found)
-            against = {} if self.cell.quant == "int8" else {"against_int8": self._against_int8(learner)}
+            against = self._against_int8(learner, rows[-1])
         shutil.rmtree(home)
         accuracy, loss = np.full((n, n), np.nan), np.full((n, n), np.nan)
         for i, found in enumerate(rows):
@@ -220,7 +220,8 @@ class _Run:
             "n_test": {task: len(self.stream.test[task]) for task in tasks},
             "nights": nights,
             "rows": rows,
-        } | against
+            "against_int8": against,
+        }
 
     def _first_night(self, home: Path) -> dict[str, Any]:
         """Run the first night, unless another cell has; return what was measured of the base and after it.
@@ -285,19 +286,25 @@ class _Run:
         run_stage("merge", request, learner.limits(), self.progress)
         return unpublished(path.parent, path, None)
 
-    def _against_int8(self, learner: Learner) -> dict[str, float]:
-        """Compare the last night's file with the same adapter merged at INT8, row by row: this quant minus INT8."""
-        serving, tests, meter = learner.generations.current(), self._tests(self.stream.tasks), learner.meter(self.progress)
-        wide = self._merged(learner, str(serving.folder / "adapter.gguf"), "int8")
-        scores, other = meter.scores(serving, tests), meter.scores(wide, tests)
-        pairs = [(other[key], scores[key]) for key in other]
-        mean, low, high = paired_interval(np.array([a.loss_nats for a, _ in pairs]), np.array([b.loss_nats for _, b in pairs]))
+    def _against_int8(self, learner: Learner, served: dict[str, Any]) -> dict[str, Any]:
+        """Merge the last night's adapter again, at INT8, or at INT4 where INT8 is served; compare them row by row.
+
+        Returns:
+            What is not INT8 minus INT8, on all test rows.
+        """
+        tasks, serves_int8 = self.stream.tasks, self.cell.quant == "int8"
+        adapter = str(learner.generations.current().folder / "adapter.gguf")
+        other = self._rows(learner, self._merged(learner, adapter, "int4" if serves_int8 else "int8"), tasks)
+        int8, less = (served, other) if serves_int8 else (other, served)
+        losses, right = zip(*(_joined(rows, tasks) for rows in (int8, less)), strict=True)
+        mean, low, high = paired_interval(losses[0], losses[1])
         return {
+            "quant": "int4" if serves_int8 else self.cell.quant,
             "answer_loss_nats": mean,
             "low": low,
             "high": high,
-            "accuracy": float(np.mean([float(b.correct) - float(a.correct) for a, b in pairs])),
-            "n_rows": len(pairs),
+            "accuracy": float((right[1] - right[0]).mean()),
+            "n_rows": len(right[0]),
         }
 
 
@@ -308,6 +315,12 @@ def _bases(folder: str, names: list[str]) -> list[str]:
 
 def _right(scores: dict[str, Any]) -> FloatArray:
     return np.array([float(digit) for digit in scores["right"]])
+
+
+def _joined(rows: dict[str, Any], tasks: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+    """Return the answer losses of all tasks' rows, and which are right, in one order."""
+    losses = np.concatenate([np.array(rows[task]["loss_nats"], np.float64) for task in tasks])
+    return losses, np.concatenate([_right(rows[task]) for task in tasks])
 
 
 def _plain(matrix: np.ndarray[Any, Any]) -> list[list[float | None]]:

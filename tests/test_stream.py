@@ -29,6 +29,11 @@ def write_data(folder: Path) -> Stream:
     return Stream.read(folder)
 
 
+def mean_loss(result: dict[str, Any]) -> float:
+    """Return the mean answer loss over the test rows of both tasks after the last night."""
+    return sum(sum(rows["loss_nats"]) for rows in result["rows"][-1].values()) / 6
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path, Path, Stream]:
     folder = tmp_path_factory.mktemp("stream")
@@ -49,13 +54,24 @@ def test_a_cell_on_a_base_of_a_precision_is_kept_under_its_own_name(
     assert {path.name for path in tmp_path.glob("*.json")} == {f"{cell.name}.json" for cell in cells}
 
 
-def test_an_int4_cell_reports_its_distance_to_int8(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:
-    for result in results[0]:
+def test_a_cell_reports_how_far_int4_is_from_int8(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    cells, _, base, stream = results
+    for result in cells:
         against = result["against_int8"]
         assert against["n_rows"] == 6
         assert against["low"] <= against["answer_loss_nats"] <= against["high"]
         assert against["low"] < against["high"], "an interval over rows that all differ has a width"
         assert -1 <= against["accuracy"] <= 1
+    # without written rows, nights are the same whatever is served: so each cell's comparison is that of the two
+    pair = [Cell(quant, replay=1.0, written=0) for quant in ("int4", "int8")]
+    int4, int8 = run_stream(stream, pair, model=str(base), home=tmp_path, train=TRAIN)
+    for result in (int4, int8):
+        against = result["against_int8"]
+        assert against["quant"] == "int4"
+        assert against["accuracy"] == pytest.approx(int4["acc"] - int8["acc"], abs=1e-6)
+        assert against["answer_loss_nats"] == pytest.approx(mean_loss(int4) - mean_loss(int8), abs=1e-3)
 
 
 def test_the_matrix_has_what_was_measured_and_nothing_else(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:

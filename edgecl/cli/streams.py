@@ -113,11 +113,11 @@ def print_stream(result: dict[str, Any]) -> None:
     out.print(f"plasticity {plasticity:.3f}  retention {retention:.1%}")
     ranges = (f"{LABELS.get(name, name)} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
     out.print(f"95% intervals over the test rows: {', '.join(ranges)}")
-    if "against_int8" in result:
-        gap = result["against_int8"]
+    if gap := result.get("against_int8"):  # cells of earlier versions that served INT8 have none
         out.print(
-            f"against INT8 on {gap['n_rows']} rows: answer loss {gap['answer_loss_nats']:+.4f} nats "
-            f"({gap['low']:+.4f} to {gap['high']:+.4f}), accuracy {gap['accuracy']:+.1%}"
+            f"the last night at {gap.get('quant', result['quant'])} against INT8, {gap['n_rows']} rows: "
+            f"answer loss {gap['answer_loss_nats']:+.4f} nats ({gap['low']:+.4f} to {gap['high']:+.4f}), "
+            f"accuracy {gap['accuracy']:+.1%}"
         )
 
 
