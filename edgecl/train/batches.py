@@ -109,6 +109,11 @@ def deal(rows: Sequence[TrainRow], batches: Sequence[list[TrainRow]], n_each: in
             heapq.heappush(smallest, (n_tokens + len(row.ids), i, room - 1))
 
 
+def predicted(rows: Sequence[TrainRow], n_prefix: int) -> list[tuple[int, int]]:
+    """Return where answers are predicted: the row, and which token of it behind the prefix."""
+    return [(i, t - 1 - n_prefix) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
+
+
 def micro_batches(rows: Sequence[TrainRow], n_prefix: int, max_tokens: int) -> list[list[TrainRow]]:
     """Split a batch so that no part holds more than `max_tokens` tokens behind the prefix (a lone row may)."""
     parts: list[list[TrainRow]] = []

@@ -30,7 +30,12 @@ class Sequenced:
 
 
 class Decoder:
-    """A base in the dtype of training. `run` goes through some of its layers; what a batch looks like is `forward`'s matter."""
+    """A base in the dtype of training. `run` goes through some of its layers; what a batch looks like is `forward`'s matter.
+
+    Attributes:
+        checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
+        exact: whether the backward pass goes through every token, or through those alone at which something is predicted.
+    """
 
     def __init__(self, gguf: GgufFile, place: Placement, n_resident: int | None = None, resident_head: bool = True) -> None:
         """Read the weights of a GGUF file; which of them stay decoded is as for `Weights`.
@@ -42,6 +47,7 @@ class Decoder:
         self.place = place
         self.weights = Weights(gguf, self.shape, place, n_resident, resident_head)
         self.checkpointing = False
+        self.exact = False
 
     def run(
         self,
@@ -50,16 +56,16 @@ class Decoder:
         lora: Lora | None,
         first: int = 0,
         last: int | None = None,
-        wanted: torch.Tensor | None = None,
+        n_wanted: int | None = None,
     ) -> torch.Tensor:
         """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`.
 
         Args:
-            wanted: (N,) the tokens whose states are returned, (N, D): the last of the layers is spared for the others.
+            n_wanted: so many in front are returned, (N, D): the last of the layers is spared for the others.
         """
         last = self.shape.n_layer if last is None else last
         for layer in range(first, last):
-            only = wanted if layer == last - 1 else None
+            only = n_wanted if layer == last - 1 else None
             if self.checkpointing and lora is not None and torch.is_grad_enabled() and layer >= lora.first_layer:
                 x = _Recomputed.apply(x, lora.flat, self, layer, where, lora, only)
             else:
@@ -71,31 +77,31 @@ class Decoder:
         out: torch.Tensor = RmsNorm.apply(x, self.weights.output_norm(), self.shape.norm_eps)
         return out
 
-    def layer(
-        self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None, only: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the hidden states (T, D) after one layer, or those of some tokens."""
+    def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None, only: int | None = None) -> torch.Tensor:
+        """Return the hidden states (T, D) after one layer, or those of so many tokens in front."""
         shape = self.shape
         heads = [shape.n_head, shape.n_kv, shape.n_kv]
 
-        def norm(values: torch.Tensor, name: str) -> torch.Tensor:
-            factors = self.weights.norm(layer, name)
-            return values if factors is None else RmsNorm.apply(values, factors, shape.norm_eps)
+        n_through = len(where.lines.back_slot)
 
-        def project(values: torch.Tensor, group: str, gelu: bool | None = None) -> torch.Tensor:
+        def norm(values: torch.Tensor, name: str, n_through: int | None = n_through) -> torch.Tensor:
+            factors = self.weights.norm(layer, name)
+            return values if factors is None else RmsNorm.apply(values, factors, shape.norm_eps, n_through)
+
+        def project(values: torch.Tensor, group: str, gelu: bool | None = None, n_heard: int | None = None) -> torch.Tensor:
             held = None if lora is None else lora.groups.get((layer, group))
             flat = lora.flat if lora is not None and layer >= lora.first_layer else None  # no graph below the first
-            return Project.apply(values, flat, self.weights, layer, group, held, gelu)
+            return Project.apply(values, flat, self.weights, layer, group, held, gelu, min(n_through, len(values)), n_heard)
 
         is_near = shape.looks_back_over_a_window(layer)
         turns = where.window_turns if is_near and where.window_turns else where.turns
-        qkv = project(norm(x, "attn_norm"), "qkv").view(len(x), sum(heads), shape.head_dim)
+        qkv = project(norm(x, "attn_norm"), "qkv", n_heard=len(x)).view(len(x), sum(heads), shape.head_dim)
         if shape.norms_heads:
             q, k, v = qkv.split(heads, 1)
-            qkv = torch.cat([norm(q, "attn_q_norm"), norm(k, "attn_k_norm"), v], 1)
+            qkv = torch.cat([norm(q, "attn_q_norm"), norm(k, "attn_k_norm", None), v], 1)
         seen = Attend.apply(qkv, *turns, where.lines, shape.n_kv, is_near, shape.score_scale)
         if only is not None:
-            x, seen = x.index_select(0, only), seen.index_select(0, only)
+            x, seen = x[:only], seen[:only]
         out = project(seen, "out")
         x = x + (norm(out, "post_attention_norm") if shape.is_gemma else out)
         down = project(project(norm(x, "ffn_norm"), "gate_up"), "down", shape.is_gemma)
@@ -123,7 +129,7 @@ class _Recomputed(torch.autograd.Function):
         layer: int,
         where: Sequenced,
         lora: Lora,
-        only: torch.Tensor | None,
+        only: int | None,
     ) -> torch.Tensor:
         """Return the layer's output."""
         ctx.save_for_backward(x)

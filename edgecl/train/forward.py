@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from .decoder import Decoder
 from .latents import Latents
 from .lora import Lora
-from .packing import WANTED_MULTIPLE, pack
+from .packing import pack
 
 
 def hidden_states(
@@ -27,12 +26,10 @@ def hidden_states(
     Args:
         rows, n_bare: as for `pack`; wanted: which of them, and which token of it.
     """
-    packed = pack(decoder, prefix, rows, n_bare)
+    packed = pack(decoder, prefix, rows, n_bare, wanted)
     if latents is None:
         x, first = decoder.weights.embed(packed.ids), 0
     else:
         x, first = latents.states(prefix, rows, n_bare), latents.lora.first_layer
-        x = F.pad(x, (0, 0, 0, len(packed.ids) - len(x)))
-    at = [packed.starts[row] + token for row, token in wanted]
-    filled = torch.tensor(at + [0] * (-len(at) % WANTED_MULTIPLE), device=x.device)
-    return decoder.norm(decoder.run(x, packed.where, lora, first, wanted=filled))[: len(at)]
+        x = x.index_select(0, torch.tensor(packed.order, device=x.device))
+    return decoder.norm(decoder.run(x, packed.where, lora, first, n_wanted=packed.n_wanted))[: len(wanted)]

@@ -147,8 +147,9 @@ class Latents:
         bare = [key for key in keys if not missing[key][0]]
         packed = pack(self.decoder, prefix, [missing[key][1] for key in keys], len(bare))
         x = self.decoder.run(self.decoder.weights.embed(packed.ids), packed.where, self.lora, 0, self.lora.first_layer)
-        for key, start in zip(keys, packed.starts, strict=True):
-            found[key] = x[start : start + len(missing[key][1])].cpu()
+        lengths = [len(missing[key][1]) for key in keys]
+        for key, states in zip(keys, x[len(prefix) :].cpu()[: sum(lengths)].split(lengths), strict=True):
+            found[key] = states
         self.store.put([(key, found[key].contiguous().view(torch.uint8).numpy().tobytes()) for key in keys])
 
     def _key(self, prefix: tuple[int, ...], row: tuple[int, ...]) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .batches import TrainRow, micro_batches, shared_prefix
+from .batches import TrainRow, micro_batches, predicted, shared_prefix
 from .decoder import Decoder
 from .forward import hidden_states
 from .head import NO_TOKEN, Sample, log_sum
@@ -110,7 +110,7 @@ def losses(
     """
     n_prefix, weights = len(prefix), decoder.weights
     bodies: list[Sequence[int]] = [row.ids[n_prefix:] for row in rows]
-    wanted = [(i, t - 1 - n_prefix) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
+    wanted = predicted(rows, n_prefix)
     tokens, targets = _answers(weights, rows)
     n_answers = len(tokens)
     n_anchor = 0

@@ -3,6 +3,9 @@
 What a general library spends on a small model on a CPU is not products but everything around them: one product for each
 projection, low-rank factors cast anew, gradients of frozen weights prepared for, intermediate results kept. Here a group of
 projections is one product, its LoRA gradients go straight into one buffer, and each operation keeps only what it needs.
+
+The backward pass goes through the first G tokens of a sequence (`packing` puts them there): an operation returns gradients
+for these and zeros for the others.
 """
 
 from __future__ import annotations
@@ -33,11 +36,14 @@ class Project(torch.autograd.Function):
         group: str,
         lora: LoraGroup | None,
         gelu: bool | None = None,
+        n_through: int | None = None,
+        n_heard: int | None = None,
     ) -> torch.Tensor:
         """Map (T, in) to (T, out).
 
         Args:
             trained: the adapter's parameter: the output then belongs to the graph even where x does not.
+            n_through: G, None for T; n_heard: so many of the outputs get a gradient, None for G.
             lora: the group's factors, None where it has none.
             gelu: x is gate and up (T, 2 in), and `gated` comes first; computed again in the backward pass, which spares its
                 memory: a quarter of what a layer keeps.
@@ -53,6 +59,8 @@ class Project(torch.autograd.Function):
         ctx.save_for_backward(kept, low)
         ctx.gelu = gelu
         ctx.weights, ctx.layer, ctx.group, ctx.lora = weights, layer, group, lora
+        ctx.n_through = len(x) if n_through is None else n_through
+        ctx.n_heard = n_heard or ctx.n_through
         return y
 
     @staticmethod
@@ -60,41 +68,55 @@ class Project(torch.autograd.Function):
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Add the gradients of A and B to their buffers; return that of x."""
         kept, low = ctx.saved_tensors
-        x = kept if ctx.gelu is None else gated(kept, ctx.gelu)
+        n, dy = ctx.n_through, dy[: ctx.n_heard]
         lora: LoraGroup | None = ctx.lora
+        dlow = None
+        if lora is not None:
+            x, dlow = kept[: len(dy)], dy @ lora.b
+            lora.add_gradients(dlow.T @ (x if ctx.gelu is None else gated(x, ctx.gelu)), low[: len(dy)].T @ dy)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.weights.group(ctx.layer, ctx.group)
-        if lora is not None:
-            dlow = dy @ lora.b
-            if dx is not None:
-                dx.addmm_(dlow, lora.a, alpha=lora.scaling)
-            lora.add_gradients(dlow.T @ x, low.T @ dy)
-        if dx is not None and ctx.gelu is not None:
-            dx = _gated_backward(kept, dx, ctx.gelu)
-        return dx, None, None, None, None, None, None
+            dx = dy[:n] @ ctx.weights.group(ctx.layer, ctx.group)
+            if lora is not None and dlow is not None:
+                dx.addmm_(dlow[:n], lora.a, alpha=lora.scaling)
+            if ctx.gelu is not None:
+                dx = _gated_backward(kept[:n], dx, ctx.gelu)
+            dx = _with_zeros(dx, len(kept))
+        return dx, None, None, None, None, None, None, None, None
 
 
 class RmsNorm(torch.autograd.Function):
     """y = x / rms(x) * factors over the last dimension, computed in float32; the factors are frozen."""
 
     @staticmethod
-    def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:
-        """Norm (..., D)."""
+    def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float, n_through: int | None = None) -> torch.Tensor:
+        """Norm (T, ..., D); n_through: G, None for T."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, factors, inverse)
+        ctx.n_through = n_through
         return (x * inverse).mul_(factors).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
-        x, factors, inverse = ctx.saved_tensors
+        whole, factors, inverse = ctx.saved_tensors
+        x, inverse, dy = (tensor[: ctx.n_through] for tensor in (whole, inverse, dy))
         unit = x * inverse  # float32
         g = dy * factors  # (..., D) float32
         projected = (g * unit).mean(-1, keepdim=True)
-        return g.addcmul_(unit, projected, value=-1).mul_(inverse).to(x.dtype), None, None
+        dx = g.addcmul_(unit, projected, value=-1).mul_(inverse).to(x.dtype)
+        return _with_zeros(dx, len(whole)), None, None, None
+
+
+def _with_zeros(dx: torch.Tensor, n: int) -> torch.Tensor:
+    """Return (n, ...): the gradients of the first tokens, and zeros."""
+    if len(dx) == n:
+        return dx
+    out = dx.new_zeros(n, *dx.shape[1:])
+    out[: len(dx)] = dx
+    return out
 
 
 def gated(gate_up: torch.Tensor, is_gelu: bool) -> torch.Tensor:
@@ -118,18 +140,27 @@ def _gated_backward(gate_up: torch.Tensor, dy: torch.Tensor, is_gelu: bool) -> t
     return out
 
 
-class Bucket(NamedTuple):
-    """Rows of about the same length, side by side: lines of slots, in each of which whole rows stand.
-
-    Attributes:
-        first: its first slot; n_lines, width: so many lines S of so many slots n.
-        bias: (S K, H / K n, P + n), 0 where a slot sees a token of the prefix or a slot, and -inf where not.
-        near: the same within a window, or None.
-    """
+class Span(NamedTuple):
+    """Lines S of slots n that stand one after the other, from a first slot on."""
 
     first: int
     n_lines: int
     width: int
+
+
+class Bucket(NamedTuple):
+    """Rows of about the same length, side by side: lines of slots, in each of which whole rows stand.
+
+    Attributes:
+        slots: of all tokens; back: of those that the backward pass goes through, m in a line.
+        queries: (S H m,) where these stand among the (S K, H / K n) of all; None: they are the same.
+        bias: (S K, H / K n, P + n), 0 where a slot sees a token of the prefix or a slot, and -inf where not.
+        near: the same within a window, or None.
+    """
+
+    slots: Span
+    back: Span
+    queries: torch.Tensor | None
     bias: torch.Tensor
     near: torch.Tensor | None
 
@@ -139,12 +170,14 @@ class Lines(NamedTuple):
 
     Attributes:
         token: (N,) the token of each slot, any where it is empty; slot: (T,) the slot of each token.
-        n_prefix: the first P tokens, which stand in slots of their own and in front of every line.
+        back_slot: (G,) the slot of each of the first G, through which the backward pass goes, among those of `Bucket.back`.
+        prefix: the P tokens which stand in slots of their own and in front of every line.
     """
 
     token: torch.Tensor
     slot: torch.Tensor
-    n_prefix: int
+    back_slot: torch.Tensor
+    prefix: slice
     buckets: Sequence[Bucket]
 
 
@@ -176,16 +209,19 @@ class Attend(torch.autograd.Function):
         turned = torch.empty_like(qkv)
         _rotate(qkv[:, :n_qk], cos, sin, turned[:, :n_qk])
         turned[:, n_qk:] = qkv[:, n_qk:]
-        prefix, slots = turned[: lines.n_prefix], turned.index_select(0, lines.token)
+        prefix, slots = turned[lines.prefix], turned.index_select(0, lines.token)
         out = qkv.new_empty(len(slots), n_head, d)
         kept: list[torch.Tensor] = []
         for bucket in lines.buckets:
-            q, k, v = (_by_head(part, bucket, n_kv) for part in (slots[:, :n_head], slots[:, n_head:n_qk], slots[:, n_qk:]))
-            if lines.n_prefix:
+            parts = slots[:, :n_head], slots[:, n_head:n_qk], slots[:, n_qk:]
+            q, k, v = (_by_head(part, bucket.slots, n_kv) for part in parts)
+            if len(prefix):
                 k, v = _behind(prefix[:, n_head:n_qk], k), _behind(prefix[:, n_qk:], v)
             bias = bucket.near if is_near and bucket.near is not None else bucket.bias
             share = torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), -1)
-            _to_slots(torch.bmm(share, v), bucket, out)
+            _to_slots(torch.bmm(share, v), bucket.slots, out)
+            if bucket.queries is not None:
+                q, share = (_some(rows, bucket.queries) for rows in (q, share))
             kept += [q, k, v, share]
         ctx.save_for_backward(cos, sin, *kept)
         ctx.lines, ctx.n_kv, ctx.scale = lines, n_kv, scale
@@ -194,32 +230,38 @@ class Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of qkv."""
+        """Return the gradient of qkv: of the first G queries, and of all keys and values."""
         cos, sin, *kept = ctx.saved_tensors
-        lines, n_kv, n_prefix, d = ctx.lines, ctx.n_kv, ctx.lines.n_prefix, kept[0].shape[-1]
+        lines, n_kv, d = ctx.lines, ctx.n_kv, kept[0].shape[-1]
+        n_through, n_prefix = len(lines.back_slot), lines.prefix.stop - lines.prefix.start
         dy = dy.view(len(dy), -1, d)
         n_head, n_qk = dy.shape[1], dy.shape[1] + n_kv
-        d_out = dy.new_zeros(len(lines.token), n_head, d).index_copy_(0, lines.slot, dy)  # nothing from empty slots
-        slots = dy.new_empty(len(d_out), n_qk + n_kv, d)
-        d_prefix = dy.new_zeros(n_prefix, n_qk + n_kv, d)
+        n_back = sum(bucket.back.n_lines * bucket.back.width for bucket in lines.buckets)
+        d_out = dy.new_zeros(n_back, n_head, d).index_copy_(0, lines.back_slot, dy[:n_through])  # nothing from empty slots
+        dq, dkv = torch.empty_like(d_out), dy.new_zeros(len(lines.token), 2 * n_kv, d)
+        d_prefix = dy.new_zeros(n_prefix, 2 * n_kv, d)
         for i, bucket in enumerate(lines.buckets):
+            if not bucket.back.width:
+                continue
             q, k, v, share = kept[4 * i : 4 * i + 4]
-            d_mixed = _by_head(d_out, bucket, n_kv)
+            d_mixed = _by_head(d_out, bucket.back, n_kv)
             d_share = torch.bmm(d_mixed, v.transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_share, share, -1, share.dtype).mul_(ctx.scale)
             dk, dv = torch.bmm(d_scores.transpose(1, 2), q), torch.bmm(share.transpose(1, 2), d_mixed)
             if n_prefix:
-                d_prefix[:, n_head:n_qk] += _of_prefix(dk, n_prefix, n_kv)
-                d_prefix[:, n_qk:] += _of_prefix(dv, n_prefix, n_kv)
+                d_prefix[:, :n_kv] += _of_prefix(dk, n_prefix, n_kv)
+                d_prefix[:, n_kv:] += _of_prefix(dv, n_prefix, n_kv)
                 dk, dv = dk[:, n_prefix:], dv[:, n_prefix:]
-            _to_slots(torch.bmm(d_scores, k), bucket, slots[:, :n_head])
-            _to_slots(dk, bucket, slots[:, n_head:n_qk])
-            _to_slots(dv, bucket, slots[:, n_qk:])
-        turned = slots.index_select(0, lines.slot)
-        turned[:n_prefix] += d_prefix
-        out = torch.empty_like(turned)
-        _rotate(turned[:, :n_qk], cos, -sin, out[:, :n_qk])
-        out[:, n_qk:] = turned[:, n_qk:]
+            _to_slots(torch.bmm(d_scores, k), bucket.back, dq)
+            _to_slots(dk, bucket.slots, dkv[:, :n_kv])
+            _to_slots(dv, bucket.slots, dkv[:, n_kv:])
+        turned = dkv.index_select(0, lines.slot)
+        turned[lines.prefix] += d_prefix
+        out = dy.new_zeros(len(dy), n_qk + n_kv, d)
+        queries = dq.index_select(0, lines.back_slot)
+        _rotate(queries, cos[:n_through], -sin[:n_through], out[:n_through, :n_head])
+        _rotate(turned[:, :n_kv], cos, -sin, out[:, n_head:n_qk])
+        out[:, n_qk:] = turned[:, n_kv:]
         return out, None, None, None, None, None, None
 
 
@@ -231,18 +273,23 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
     y2.addcmul_(x1, sin)
 
 
-def _by_head(slots: torch.Tensor, bucket: Bucket, n_kv: int) -> torch.Tensor:
-    """Return a bucket's part of (N, heads, d) as (S K, heads / K n, d)."""
-    part = slots[bucket.first : bucket.first + bucket.n_lines * bucket.width]
-    by_line = part.view(bucket.n_lines, bucket.width, *part.shape[1:]).transpose(1, 2)
-    return by_line.reshape(bucket.n_lines * n_kv, -1, part.shape[2])
+def _by_head(slots: torch.Tensor, span: Span, n_kv: int) -> torch.Tensor:
+    """Return a span of (N, heads, d) as (S K, heads / K n, d)."""
+    part = slots[span.first : span.first + span.n_lines * span.width]
+    by_line = part.view(span.n_lines, span.width, *part.shape[1:]).transpose(1, 2)
+    return by_line.reshape(span.n_lines * n_kv, -1, part.shape[2])
 
 
-def _to_slots(by_head: torch.Tensor, bucket: Bucket, slots: torch.Tensor) -> None:
-    """Put (S K, heads / K n, d) into a bucket's part of (N, heads, d)."""
-    n, width, (_, heads, d) = bucket.n_lines, bucket.width, slots.shape
-    part = slots[bucket.first : bucket.first + n * width].view(n, width, heads, d)
+def _to_slots(by_head: torch.Tensor, span: Span, slots: torch.Tensor) -> None:
+    """Put (S K, heads / K n, d) into a span of (N, heads, d)."""
+    n, width, (_, heads, d) = span.n_lines, span.width, slots.shape
+    part = slots[span.first : span.first + n * width].view(n, width, heads, d)
     part.copy_(by_head.reshape(n, heads, width, d).transpose(1, 2))
+
+
+def _some(by_head: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Return some rows of (S K, H / K n, ...), as many of each S K."""
+    return by_head.flatten(0, 1).index_select(0, queries).view(len(by_head), -1, by_head.shape[2])
 
 
 def _behind(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

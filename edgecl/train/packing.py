@@ -4,7 +4,12 @@ A night's rows are a few dozen tokens each and begin alike (the template's syste
 front, the rows follow one after another. The products of a layer then have as many rows as there are real tokens, which is
 what a CPU needs, and a few more: oneDNN compiles and keeps kernels for every shape that it meets (1 ms and 0.35 MB each), so
 the sequence is filled up to a multiple of 16. To attend, rows of about the same length are laid side by side, each behind the
-prefix. Gradients are exact: the prefix gets the sum of what its rows send back.
+prefix.
+
+Tokens at which something is predicted stand in front, whatever their row, because the backward pass goes through these alone:
+a fifth of all where answers are short. What enters a layer at any other token is a constant to it (as in TokenTune, Simoulin
+et al. 2024), but the layer's factors still learn from the key and the value that it makes of it. Only where the decoder is
+exact does the backward pass go through all.
 """
 
 from __future__ import annotations
@@ -15,14 +20,16 @@ from dataclasses import dataclass
 import torch
 
 from .decoder import Decoder, Sequenced
-from .ops import Bucket, Lines
+from .ops import Bucket, Lines, Span
 
 MULTIPLE = 16  # of tokens in a sequence, and of slots in a line
-WANTED_MULTIPLE = 32  # of tokens at which something is predicted
+WANTED_MULTIPLE = 16  # of tokens at which something is predicted
 SHORT = 64  # rows up to this length share lines
 _PREFIX = -1  # the row of a token that all rows behind it see
 _FILL = -2  # the row of a token that fills up
 _EMPTY = -3  # the row of a slot without a token
+
+Piece = tuple[int, Sequence[int]]  # a row and its tokens in the sequence
 
 
 @dataclass(frozen=True)
@@ -30,89 +37,128 @@ class Packed:
     """Prefix + rows as one sequence.
 
     Attributes:
-        ids: with what fills up the last multiple.
-        starts: where each row begins; the prefix is not part of it.
+        ids: in the order of the sequence, with what fills it up.
+        order: where each of them stands in prefix + rows; 0 for what fills up.
+        n_wanted: so many in front are those at which something is predicted, with what fills them up.
     """
 
     ids: list[int]
-    starts: list[int]
+    order: list[int]
+    n_wanted: int
     where: Sequenced
 
 
-def pack(decoder: Decoder, prefix: Sequence[int], rows: Sequence[Sequence[int]], n_bare: int = 0) -> Packed:
+def pack(
+    decoder: Decoder,
+    prefix: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    n_bare: int = 0,
+    wanted: Sequence[tuple[int, int]] = (),
+) -> Packed:
     """Pack rows behind their prefix.
 
     Args:
         rows: token ids without the prefix.
         n_bare: the last rows do not follow the prefix and do not see it.
+        wanted: row and token of what stands in front; without any the sequence is prefix + rows.
     """
-    ids, positions, starts = list(prefix), list(range(len(prefix))), []
+    ids, positions, owners = list(prefix), list(range(len(prefix))), [_PREFIX] * len(prefix)
+    starts = []
     for i, row in enumerate(rows):
         starts.append(len(ids))
         ids += row
         first = len(prefix) if i < len(rows) - n_bare else 0
         positions += range(first, first + len(row))
-    n_fill = -len(ids) % MULTIPLE
-    pieces = [(i, start, len(row)) for i, (start, row) in enumerate(zip(starts, rows, strict=True))]
-    pieces += [(_PREFIX, 0, len(prefix)), (_FILL, len(ids), n_fill)]
-    ids += [0] * n_fill
-    positions += [0] * n_fill
-    lines = _lines(decoder, [piece for piece in pieces if piece[2]], torch.tensor(positions), len(prefix), len(rows) - n_bare)
-    at = torch.tensor(positions, device=decoder.place.device)
+        owners += [i] * len(row)
+    fill = len(ids)
+    ids, positions, owners = [*ids, 0], [*positions, 0], [*owners, _FILL]
+
+    order = [starts[row] + token for row, token in wanted]
+    in_front = set(order)
+    order += [fill] * (-len(order) % WANTED_MULTIPLE)
+    n_wanted = len(order)
+    order += [i for i in range(fill) if i not in in_front]
+    order += [fill] * (-len(order) % MULTIPLE)
+    by_owner: dict[int, list[tuple[int, int]]] = {}
+    for here, i in enumerate(order):
+        by_owner.setdefault(owners[i], []).append((i, here))
+    pieces = [(owner, [here for _, here in sorted(places)]) for owner, places in by_owner.items()]
+
+    at = torch.tensor([positions[i] for i in order])
+    n_through = len(order) if decoder.exact or not wanted else n_wanted
+    lines = _lines(decoder, pieces, at, slice(n_wanted, n_wanted + len(prefix)), len(rows) - n_bare, n_through)
+    at = at.to(decoder.place.device)
     factors, shape = decoder.weights.rotary_factors(), decoder.shape
     turns = decoder.turns(at, shape.rope_theta, factors)
     near = decoder.turns(at, shape.rope_theta_window, factors) if shape.window else None
-    return Packed(ids, starts, Sequenced(turns, near, lines))
+    places = [0 if i == fill else i for i in order]
+    return Packed([ids[i] for i in order], places, n_wanted, Sequenced(turns, near, lines))
 
 
 def line_sizes(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Return how many lines of how many slots rows of these lengths stand in while they attend."""
-    pieces = [(i, 0, length) for i, length in enumerate(lengths) if length]
+    pieces = [(i, range(length)) for i, length in enumerate(lengths) if length]
     return [(len(lines), width) for width, lines in _in_lines(pieces)]
 
 
 def _lines(
-    decoder: Decoder, pieces: Sequence[tuple[int, int, int]], positions: torch.Tensor, n_prefix: int, n_behind: int
+    decoder: Decoder, pieces: Sequence[Piece], positions: torch.Tensor, prefix: slice, n_behind: int, n_through: int
 ) -> Lines:
     """Lay pieces of a sequence side by side.
 
     Args:
-        pieces: owner, first token and length of each row; positions: (T,) of tokens, behind the prefix.
-        n_behind: so many rows see the prefix.
+        positions: (T,) of tokens, behind the prefix; prefix: where that stands in the sequence.
+        n_behind: so many rows see the prefix; n_through: so many tokens does the backward pass go through.
     """
-    tokens, buckets, first = [], [], 0
+    buckets, first, first_back = [], 0, 0
+    slot, back_slot = torch.empty(len(positions), dtype=torch.long), torch.empty(n_through, dtype=torch.long)
+    tokens = []
     for width, held in _in_lines(pieces):
-        token = torch.zeros(len(held), width, dtype=torch.long)
+        token = torch.full((len(held), width), -1)
         owner = torch.full((len(held), width), _EMPTY)
         for line, in_line in enumerate(held):
             at = 0
-            for row, start, length in in_line:
-                token[line, at : at + length] = torch.arange(start, start + length)
-                owner[line, at : at + length] = row
-                at += length
-        bias, near = _biases(decoder, owner, positions[token], n_prefix, n_behind)
-        buckets.append(Bucket(first, len(held), width, bias, near))
-        tokens.append(token.masked_fill(owner == _EMPTY, -1).flatten())
-        first += token.numel()
-    token = torch.cat(tokens)
-    slot = torch.empty(len(positions), dtype=torch.long)
-    slot[token[token >= 0]] = torch.nonzero(token >= 0)[:, 0]
+            for row, of_row in in_line:
+                token[line, at : at + len(of_row)] = torch.tensor(of_row)
+                owner[line, at : at + len(of_row)] = row
+                at += len(of_row)
+        is_back = (token >= 0) & (token < n_through)
+        back = _back(is_back)
+        slot[token[token >= 0]] = first + torch.nonzero(token.flatten() >= 0)[:, 0]
+        taken = is_back.gather(1, back)
+        back_slot[token.gather(1, back)[taken]] = first_back + torch.nonzero(taken.flatten())[:, 0]
+        bias, near = _biases(decoder, owner, positions[token.clamp(0)], prefix.stop - prefix.start, n_behind)
+        is_whole = back.shape[1] == width
+        by_head = torch.arange(len(held) * decoder.shape.n_head).view(len(held), -1, 1) * width + back[:, None]
+        queries = None if is_whole else by_head.flatten().to(decoder.place.device)
+        buckets.append(Bucket(Span(first, len(held), width), Span(first_back, len(held), back.shape[1]), queries, bias, near))
+        tokens.append(token.flatten())
+        first, first_back = first + token.numel(), first_back + back.numel()
     device = decoder.place.device
-    return Lines(token.clamp_(0).to(device), slot.to(device), n_prefix, buckets)
+    return Lines(torch.cat(tokens).clamp_(0).to(device), slot.to(device), back_slot.to(device), prefix, buckets)
 
 
-def _in_lines(pieces: Sequence[tuple[int, int, int]]) -> list[tuple[int, list[list[tuple[int, int, int]]]]]:
+def _back(is_back: torch.Tensor) -> torch.Tensor:
+    """Return for each line (S, n) the slots that the backward pass goes through, (S, m), and some more to a multiple."""
+    width = is_back.shape[1]
+    n_back = -(-int(is_back.sum(1).max()) // MULTIPLE) * MULTIPLE
+    if n_back >= width:
+        return torch.arange(width).expand(len(is_back), -1)
+    return torch.argsort(~is_back, dim=1, stable=True)[:, :n_back]
+
+
+def _in_lines(pieces: Sequence[Piece]) -> list[tuple[int, list[list[Piece]]]]:
     """Put pieces of about the same length into lines, each into the first with room: the width of lines, and what they hold."""
-    by_size: dict[int, list[tuple[int, int, int]]] = {}
-    for piece in sorted(pieces, key=lambda piece: -piece[2]):
-        by_size.setdefault(max(SHORT, 1 << (piece[2] - 1).bit_length()), []).append(piece)
+    by_size: dict[int, list[Piece]] = {}
+    for piece in sorted(pieces, key=lambda piece: -len(piece[1])):
+        by_size.setdefault(max(SHORT, 1 << (len(piece[1]) - 1).bit_length()), []).append(piece)
     out = []
     for alike in by_size.values():
-        width = -(-alike[0][2] // MULTIPLE) * MULTIPLE
-        lines: list[list[tuple[int, int, int]]] = []
+        width = -(-len(alike[0][1]) // MULTIPLE) * MULTIPLE
+        lines: list[list[Piece]] = []
         for piece in alike:
             for line in lines:
-                if sum(held[2] for held in line) + piece[2] <= width:
+                if sum(len(held[1]) for held in line) + len(piece[1]) <= width:
                     line.append(piece)
                     break
             else:

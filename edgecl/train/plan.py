@@ -22,7 +22,7 @@ import torch
 
 from ..errors import EdgeclError
 from ..profile import TrainSettings
-from .batches import TrainRow, micro_batches
+from .batches import TrainRow, micro_batches, predicted
 from .decoder import Decoder
 from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
@@ -221,9 +221,9 @@ def plan_time(
     for i, part in enumerate(micro_batches(typical.rows, len(typical.prefix), plan.micro_tokens)):
         text = [typical.text] if typical.text and not i else []
         bodies = [row.ids[len(typical.prefix) :] for row in part]
-        packed = pack(decoder, typical.prefix, [*bodies, *text], len(text))
-        n_predicted = sum(row.n_predicted for row in part) + sum(map(len, text))
-        parts.append((decoder.weights.embed(packed.ids), packed.where, n_predicted))
+        wanted = predicted(part, len(typical.prefix)) + [(len(part), t) for ids in text for t in range(len(ids))]
+        packed = pack(decoder, typical.prefix, [*bodies, *text], len(text), wanted)
+        parts.append((decoder.weights.embed(packed.ids), packed.where, len(wanted)))
 
     def train() -> None:
         for x, where, _ in parts:
