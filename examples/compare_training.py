@@ -209,7 +209,7 @@ def _heldout(adapter: Any, rows: Rows) -> dict[str, Any]:
             part = rows[first : first + 8]
             wanted = [[t for t, on in enumerate(supervised) if on] for _, supervised in part]
             places = [(i, t - 1) for i, row in enumerate(wanted) for t in row]
-            hidden = hidden_states(decoder, lora, [], [ids for ids, _ in part], places)
+            hidden = hidden_states(decoder, lora, [ids for ids, _ in part], places)
             for (ids, _), row, states in zip(part, wanted, hidden.split([len(row) for row in wanted]), strict=True):
                 targets = torch.tensor([ids[t] for t in row])
                 logits = torch.cat([states @ head.T for _, head in decoder.weights.head()], -1).float()

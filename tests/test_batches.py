@@ -1,4 +1,4 @@
-"""Batches: every row once, the buffer evenly, no part above its budget, no answer inside the shared prefix."""
+"""Batches: every row once, the buffer evenly, no part above its budget, no answer inside what rows share."""
 
 from collections import Counter
 
@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgecl.train import TrainRow
-from edgecl.train.batches import REWORDED, asked_otherwise, micro_batches, night_batches, shared_prefix, usable
+from edgecl.train.batches import REWORDED, asked_otherwise, micro_batches, night_batches, usable
+from edgecl.train.packing import LEAST, tree
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no error
 tokens = st.integers(0, 3)
@@ -93,47 +94,56 @@ def test_a_pass_is_shuffled_by_its_generator():
 @patient
 @given(rows(), st.integers(1, 60))
 def test_micro_batches_keep_all_rows_within_their_budget(batch, max_tokens):
-    n_prefix = len(shared_prefix(batch))
-    parts = micro_batches(batch, n_prefix, max_tokens)
+    parts = micro_batches(batch, max_tokens)
     assert Counter(id(row) for part in parts for row in part) == Counter(id(row) for row in batch)
     for part in parts:
-        assert len(part) == 1 or sum(len(row.ids) - n_prefix for row in part) <= max_tokens
+        assert len(part) == 1 or sum(len(row.ids) for row in part) <= max_tokens
 
 
 @patient
 @given(rows(min_size=2))
 def test_micro_batches_of_a_large_and_of_a_tiny_budget(batch):
-    assert len(micro_batches(batch, 0, 10**6)) == 1
-    assert len(micro_batches(batch, 0, 1)) == len(batch)
+    assert len(micro_batches(batch, 10**6)) == 1
+    assert len(micro_batches(batch, 1)) == len(batch)
+
+
+def before(batch) -> list[int]:
+    """Return how many tokens of each row stand before the one that predicts the first of its answer."""
+    return [row.supervised.index(True) - 1 for row in batch]
 
 
 @patient
 @given(rows())
-def test_shared_prefix_is_shared_and_leaves_a_token_before_each_answer(batch):
-    prefix = shared_prefix(batch)
-    longest = 0
-    while all(len(row.ids) > longest and row.ids[longest] == batch[0].ids[longest] for row in batch):
-        longest += 1
-    first = min(row.supervised.index(True) for row in batch)
-    assert all(row.ids[: len(prefix)] == prefix for row in batch)
-    assert len(prefix) == min(longest, max(0, first - 1))  # the token that predicts the answer is no part of it
+def test_what_rows_share_is_what_enough_of_them_begin_with(batch):
+    shared, paths = tree([row.ids for row in batch], before(batch))
+    least = min(LEAST, max(2, len(batch)))
+    beginnings = Counter(tuple(row.ids[:n]) for row, end in zip(batch, before(batch), strict=True) for n in range(1, end + 1))
+    wanted = {ids for ids, count in beginnings.items() if count >= least}
+    said = [tuple(batch[i].ids[: t + 1]) for i, t in shared]
+    assert set(said) == wanted and len(said) == len(wanted), "each once"
+    for row, path, end in zip(batch, paths, before(batch), strict=True):
+        assert [said[node] for node in path] == [tuple(row.ids[: n + 1]) for n in range(len(path))]
+        assert len(path) == end or tuple(row.ids[: len(path) + 1]) not in wanted
 
 
 @pytest.mark.parametrize(
-    ("ids", "supervised", "wanted"),
+    ("ids", "supervised", "paths"),
     [
-        ([[1, 2, 3, 4]], 2, [1]),  # one row: all but the answer and the token before it
-        ([[1, 2, 3, 9], [1, 2, 4, 9]], 3, [1, 2]),
-        ([[1, 2], [1, 2, 3]], 1, []),
-        ([[5, 1, 1], [6, 1, 1]], 2, []),
+        ([[1, 2, 3, 4]], 2, [[]]),  # nobody to share with
+        ([[1, 2, 3, 9], [1, 2, 4, 9]], 3, [[0, 1], [0, 1]]),
+        ([[1, 2], [1, 2, 3]], 1, [[], []]),
+        ([[5, 1, 1], [6, 1, 1]], 2, [[], []]),
+        ([[1, 2, 8, 9], [1, 2, 7, 9], [1, 3, 7, 9], [1, 3, 8, 9]], 3, [[0], [0], [0], [0]]),  # two are too few
+        ([[1, 2, 8, 9], [5, 2, 7, 9], [1, 2, 7, 9], [5, 2, 8, 9], [5, 2, 1, 9], [1, 2, 1, 9]], 3,
+         [[0, 1], [2, 3], [0, 1], [2, 3], [2, 3], [0, 1]]),
     ],
-)
-def test_shared_prefix_by_hand(ids, supervised, wanted):
-    assert shared_prefix([TrainRow(i, [t >= supervised for t in range(len(i))]) for i in ids]) == wanted
+)  # fmt: skip
+def test_what_rows_share_by_hand(ids, supervised, paths):
+    assert tree(ids, [supervised - 1] * len(ids)).paths == paths
 
 
-def test_shared_prefix_of_nothing():
-    assert shared_prefix([]) == []
+def test_nothing_is_shared_by_no_rows():
+    assert tree([], []) == ([], [])
 
 
 # --- rows longer than the context -------------------------------------------------------------------------------------

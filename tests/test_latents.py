@@ -37,8 +37,8 @@ def latents(base, store, first_layer=2, below=None) -> Latents:
     return Latents(decoder, lora, store)
 
 
-def states(found: Latents, rows=BODIES) -> torch.Tensor:
-    return found.states(PREFIX, rows)
+def states(found: Latents) -> torch.Tensor:
+    return found.states([row.ids for row in ROWS])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -49,10 +49,10 @@ def test_losses_and_gradients_are_those_without_a_cache(tmp_path, architecture):
         results = []
         for cache in (None, found, found):  # computed, then read back
             lora.flat.grad.zero_()
-            loss = losses(decoder, lora, PREFIX, ROWS, None, cache).answers.sum()
+            loss = losses(decoder, lora, ROWS, None, cache).answers.sum()
             loss.backward()
             results.append((loss.item(), lora.flat.grad.clone()))
-        assert found.n_computed == len(ROWS) + 1 and found.n_found >= len(ROWS)
+        assert found.n_computed == len(ROWS) and found.n_found >= len(ROWS)
         for loss, gradient in results[1:]:
             assert loss == pytest.approx(results[0][0], rel=1e-5)
             assert (gradient - results[0][1]).norm() < 1e-5 * results[0][1].norm()
@@ -63,11 +63,10 @@ def test_a_later_night_finds_rows_in_other_company(base, tmp_path):
         whole = states(latents(base, store))
     with LatentStore(tmp_path / "l.db", "b") as store:
         again = latents(base, store)
-        part = again.states(PREFIX, [BODIES[3], BODIES[1]])
+        part = again.states([ROWS[3].ids, ROWS[1].ids])
     assert again.n_computed == 0
-    starts = [len(PREFIX) + sum(len(body) for body in BODIES[:i]) for i in range(5)]
-    expected = torch.cat([whole[: len(PREFIX)], whole[starts[3] : starts[4]], whole[starts[1] : starts[2]]])
-    assert torch.equal(part, expected)
+    of_row = whole.split([len(row.ids) for row in ROWS])
+    assert torch.equal(part, torch.cat([of_row[3], of_row[1]]))
 
 
 def test_another_base_depth_prefix_or_lower_adapter_is_computed_anew(base, tmp_path):
@@ -78,7 +77,7 @@ def test_another_base_depth_prefix_or_lower_adapter_is_computed_anew(base, tmp_p
             states(other)
             assert other.n_found == 0
         moved = latents(base, store)
-        moved.states(PREFIX[1:], BODIES)
+        moved.states([PREFIX[1:] + body for body in BODIES])
         assert moved.n_found == 0
     with LatentStore(path, "another") as store:
         other = latents(base, store)
@@ -108,7 +107,7 @@ def test_what_is_damaged_is_computed_anew(base, tmp_path, damage):
         found = latents(base, store)
         assert torch.equal(states(found), wanted)
         assert found.n_found == 0
-        assert torch.equal(states(found), wanted) and found.n_computed == len(BODIES) + 1
+        assert torch.equal(states(found), wanted) and found.n_computed == len(ROWS)
 
 
 def test_over_its_limit_it_forgets_what_was_not_used_for_longest(base, tmp_path):
@@ -117,17 +116,17 @@ def test_over_its_limit_it_forgets_what_was_not_used_for_longest(base, tmp_path)
     path = tmp_path / "l.db"
     for row in rows[:4]:
         with LatentStore(path, "b", max_bytes=4 * row_bytes) as store:
-            latents(base, store).states([], [row], 1)
+            latents(base, store).states([row])
     with LatentStore(path, "b", max_bytes=4 * row_bytes) as store:  # the first is used again, two come new
-        latents(base, store).states([], [rows[0]], 1)
-        latents(base, store).states([], rows[4:], 2)
+        latents(base, store).states([rows[0]])
+        latents(base, store).states(rows[4:])
     with LatentStore(path, "b", max_bytes=4 * row_bytes) as store:
         found = []
         for row in rows:
             cache = latents(base, store)
             cache.decoder.run = None  # nothing may be computed: what is not there would be an error
             try:
-                cache.states([], [row], 1)
+                cache.states([row])
                 found.append(True)
             except TypeError:
                 found.append(False)

@@ -72,7 +72,7 @@ def trained(path: Path, adapter: Adapter | None = None) -> Logits:
 
 @torch.no_grad()
 def logits(decoder: Decoder, lora: Lora | None) -> Logits:
-    hidden = hidden_states(decoder, lora, [], [IDS], [(0, t) for t in range(len(IDS))])
+    hidden = hidden_states(decoder, lora, [IDS], [(0, t) for t in range(len(IDS))])
     return torch.cat([hidden @ rows.T for _, rows in decoder.weights.head()], -1).double()
 
 

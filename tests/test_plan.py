@@ -36,8 +36,8 @@ def process_of_300_mb():
         yield
 
 
-def planned(ram_bytes: float, shape=SMOLLM, place=CPU32, steps=STEPS, n_prefix=4, **more) -> Plan:
-    return plan_memory(shape, place, replace(TRAIN, **more), int(ram_bytes), steps, n_prefix, 32)
+def planned(ram_bytes: float, shape=SMOLLM, place=CPU32, steps=STEPS, **more) -> Plan:
+    return plan_memory(shape, place, replace(TRAIN, **more), int(ram_bytes), steps, 32)
 
 
 def cost(made: Plan) -> tuple[bool, float, int]:

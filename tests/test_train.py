@@ -13,10 +13,10 @@ from tiny import N_VOCAB, STD, WINDOW, build, random_adapter, random_tokens
 from edgecl.errors import Diverged
 from edgecl.profile import Profile, TrainSettings
 from edgecl.train import Night, TrainRow, loop, train
-from edgecl.train.batches import shared_prefix
 from edgecl.train.decoder import Decoder
 from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
+from edgecl.train.packing import tree
 from edgecl.train.weights import Placement
 from edgecl_convert import GgufFile
 from edgecl_convert.names import module_of
@@ -52,6 +52,7 @@ def make_row(seed: int, n_prompt: int, n_answer: int, prefix=PREFIX) -> TrainRow
 ROWS = [make_row(i, 3 + 5 * i, 2 + i % 3) for i in range(6)]  # up to 52 tokens
 LONG = make_row(9, 95, 3)  # attends in a line of its own
 TAUGHT = replace(ROWS[3], likely=[[(5, 0.7), (9, 0.2), (7, 0.1)], [(8, 0.5), (9, 0.5), (3, 0.0)]])
+BRANCHES = [replace(row, ids=row.ids[:20] + ROWS[4].ids[20:27] + row.ids[27:]) for row in (ROWS[2], ROWS[3], ROWS[5])]
 CHATTY = replace(ROWS[5], supervised=[20 < t < 25 or t > 40 for t in range(len(ROWS[5].ids))])  # two answers in one row
 
 
@@ -76,7 +77,7 @@ def answer_loss(base, adapter, rows) -> float:
     decoder = Decoder(base, CPU32)
     lora = None if adapter is None else warm(base, decoder, adapter, FAST.r, FAST.lora_alpha)
     with torch.no_grad():
-        total = sum(losses(decoder, lora, [], [row], None).answers.sum().item() for row in rows)
+        total = sum(losses(decoder, lora, [row], None).answers.sum().item() for row in rows)
     return total / len(rows)
 
 
@@ -132,7 +133,8 @@ def reference_gradients(written, base, adapter, rows, anchor, weight, exact):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_gradients_equal_plain_autograd(models, architecture, exact, mode, first_layer):
     base, written = models(architecture)
-    rows, anchor = [LONG, *ROWS[:3], TAUGHT, ROWS[4], CHATTY], ANCHORS[0]
+    rows, anchor = [LONG, *ROWS[:3], TAUGHT, ROWS[4], CHATTY, *BRANCHES], ANCHORS[0]
+    assert [len(path) for path in tree([row.ids for row in rows], [20 + 2] * len(rows)).paths][-3:] == [22] * 3
     assert max(len(row.ids) for row in rows) > 2 * WINDOW
     adapter = random_adapter(base, size=0.2)
     wanted_loss, wanted = reference_gradients(written, base, adapter, rows, anchor, 0.5, exact)
@@ -141,9 +143,7 @@ def test_gradients_equal_plain_autograd(models, architecture, exact, mode, first
     decoder.checkpointing, decoder.exact = mode == "checkpointed", exact
     held = anchors(decoder, [anchor])[0]
     lora = warm(base, decoder, adapter, first_layer=first_layer)
-    prefix = shared_prefix(rows)
-    assert len(prefix) == len(PREFIX)
-    each = loop.backward(decoder, lora, prefix, rows, held, 0.5, 160)  # 160 tokens: two parts, long and short rows in one
+    each = loop.backward(decoder, lora, rows, held, 0.5, 320)  # 320 tokens: two parts, long and short rows in one
 
     assert sum(each) / len(rows) == pytest.approx(wanted_loss, rel=1e-5)
     assert len(lora.names) == 7 * (decoder.shape.n_layer - first_layer)
@@ -161,11 +161,11 @@ def test_batch_behind_a_prefix_equals_row_by_row(models, architecture):
     base, _ = models(architecture)
     decoder = Decoder(base, CPU32)
     with torch.no_grad():
-        batch = losses(decoder, None, PREFIX, [*ROWS, LONG], None).answers
-        rows = [losses(decoder, None, [], [row], None).answers.item() for row in [*ROWS, LONG]]
+        batch = losses(decoder, None, [*ROWS, LONG], None).answers
+        rows = [losses(decoder, None, [row], None).answers.item() for row in [*ROWS, LONG]]
         held = replace(anchors(decoder, [ANCHORS[1]])[0], ids=ANCHORS[0])  # another text's: the base itself diverges
-        beside = losses(decoder, None, PREFIX, ROWS, held).drift
-        alone = losses(decoder, None, [], [ROWS[0]], held).drift
+        beside = losses(decoder, None, ROWS, held).drift
+        alone = losses(decoder, None, [ROWS[0]], held).drift
     assert batch.tolist() == pytest.approx(rows, rel=1e-5)
     assert beside.item() == pytest.approx(alone.item(), rel=1e-4) and alone.item() > 0.1
 
@@ -288,7 +288,7 @@ def test_anchor_holds_the_model_to_its_base(models):
         decoder = Decoder(base, CPU32)
         lora = warm(base, decoder, adapter, FAST.r, FAST.lora_alpha)
         with torch.no_grad():
-            divergences = [losses(decoder, lora, [], rows[:1], held).drift.item() for held in anchors(decoder, ANCHORS)]
+            divergences = [losses(decoder, lora, rows[:1], held).drift.item() for held in anchors(decoder, ANCHORS)]
         return float(np.mean(divergences)), answer_loss(base, adapter, rows)
 
     (free, free_loss), (held, held_loss) = drift(0.0), drift(1.0)
@@ -310,6 +310,6 @@ def test_untrained_adapter_changes_nothing_and_is_a_snapshot(models):
 
 def test_loss_that_is_not_a_number_is_an_error(models, monkeypatch):
     base, _ = models("llama")
-    monkeypatch.setattr(loop, "backward", lambda *arguments: [float("nan")] * len(arguments[3]))
+    monkeypatch.setattr(loop, "backward", lambda *arguments: [float("nan")] * len(arguments[2]))
     with pytest.raises(Diverged, match=r"step 1 of 20 \(rows: new [123], .*learning_rate"):
         fit(base, facts(3, 1), [], FAST)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..data import common_length
-
 REWORDED = 0.75  # of the passes of a small night after its first ones have a row in other words
 
 
@@ -61,14 +59,6 @@ def asked_otherwise(row: TrainRow, n_ctx: int, rng: np.random.Generator) -> Trai
     return others[rng.integers(len(others))] if others and rng.random() < REWORDED else row
 
 
-def shared_prefix(rows: Sequence[TrainRow]) -> list[int]:
-    """Return the ids that all rows begin with, ending at least one token before anything is predicted."""
-    if not rows:
-        return []
-    first = min(row.supervised.index(True) for row in rows)
-    return rows[0].ids[: max(0, min(common_length([row.ids for row in rows]), first - 1))]
-
-
 def night_batches(
     passes: Sequence[Sequence[TrainRow]],
     replay: Sequence[TrainRow],
@@ -109,21 +99,20 @@ def deal(rows: Sequence[TrainRow], batches: Sequence[list[TrainRow]], n_each: in
             heapq.heappush(smallest, (n_tokens + len(row.ids), i, room - 1))
 
 
-def predicted(rows: Sequence[TrainRow], n_prefix: int) -> list[tuple[int, int]]:
-    """Return where answers are predicted: the row, and which token of it behind the prefix."""
-    return [(i, t - 1 - n_prefix) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
+def predicted(rows: Sequence[TrainRow]) -> list[tuple[int, int]]:
+    """Return where answers are predicted: the row, and which token of it."""
+    return [(i, t - 1) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
 
 
-def micro_batches(rows: Sequence[TrainRow], n_prefix: int, max_tokens: int) -> list[list[TrainRow]]:
-    """Split a batch so that no part holds more than `max_tokens` tokens behind the prefix (a lone row may)."""
+def micro_batches(rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
+    """Split a batch so that no part holds more than `max_tokens` tokens (a lone row may)."""
     parts: list[list[TrainRow]] = []
     held = 0
     for row in rows:
-        n_tokens = len(row.ids) - n_prefix
-        if parts and held + n_tokens <= max_tokens:
+        if parts and held + len(row.ids) <= max_tokens:
             parts[-1].append(row)
-            held += n_tokens
+            held += len(row.ids)
         else:
             parts.append([row])
-            held = n_tokens
+            held = len(row.ids)
     return parts

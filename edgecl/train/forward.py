@@ -15,21 +15,19 @@ from .packing import pack
 def hidden_states(
     decoder: Decoder,
     lora: Lora | None,
-    prefix: Sequence[int],
     rows: Sequence[Sequence[int]],
     wanted: Sequence[tuple[int, int]],
-    n_bare: int = 0,
     latents: Latents | None = None,
 ) -> torch.Tensor:
     """Return what the head multiplies at some tokens, (N, D).
 
     Args:
-        rows, n_bare: as for `pack`; wanted: which of them, and which token of it.
+        rows: token ids; wanted: which of them, and which token of it.
     """
-    packed = pack(decoder, prefix, rows, n_bare, wanted)
+    packed = pack(decoder, rows, wanted)
     if latents is None:
         x, first = decoder.weights.embed(packed.ids), 0
     else:
-        x, first = latents.states(prefix, rows, n_bare), latents.lora.first_layer
+        x, first = latents.states(rows), latents.lora.first_layer
         x = x.index_select(0, torch.tensor(packed.order, device=x.device))
     return decoder.norm(decoder.run(x, packed.where, lora, first, n_wanted=packed.n_wanted))[: len(wanted)]

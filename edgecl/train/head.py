@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .batches import TrainRow
-from .packing import WANTED_MULTIPLE
+from .packing import MULTIPLE
 from .weights import Weights
 
 NO_TOKEN = -1  # of a target that is a mean of rows
@@ -56,7 +56,7 @@ def log_sum(
         sample: stands for the vocabulary; each of `without` is among its answers.
     """
     n_rows = len(hidden)
-    n_fill = -n_rows % WANTED_MULTIPLE  # few shapes of products, as in `pack`
+    n_fill = -n_rows % MULTIPLE  # few shapes of products, as in `pack`
     hidden, without = F.pad(hidden, (0, 0, 0, n_fill)), F.pad(without, (0, n_fill), value=NO_TOKEN)
     high = hidden.new_full((len(hidden), 1), torch.finfo(torch.float32).min, dtype=torch.float32)
     total, gradient = torch.zeros_like(high), torch.zeros(hidden.shape, device=hidden.device)

@@ -20,7 +20,7 @@ from .decoder import Decoder
 from .lora import Lora
 from .packing import pack
 
-VERSION = 3  # of what an entry holds: raised when a change of the decoder makes other states of the same row
+VERSION = 4  # of what an entry holds: raised when a change of the decoder makes other states of the same row
 MAX_BYTES = 1 << 30
 
 
@@ -117,44 +117,31 @@ class Latents:
         facts = (VERSION, store.base_sha256, lora.first_layer, str(decoder.place.dtype), lora.digest_below())
         self._digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
 
-    def states(self, prefix: Sequence[int], rows: Sequence[Sequence[int]], n_bare: int = 0) -> torch.Tensor:
-        """Return the states (T, D) of prefix and rows, without what fills up; arguments as for `pack`."""
-        n_behind = len(rows) - n_bare
-        wanted = [(tuple(prefix) if i < n_behind else (), tuple(row)) for i, row in enumerate(rows)]
-        if prefix:
-            wanted.append(((), tuple(prefix)))
-        keys = [self._key(*pair) for pair in wanted]
+    def states(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the states (T, D) of rows of token ids, one row after the other."""
+        keys = [self._key(row) for row in rows]
         found = {key: self._from_bytes(states) for key in keys if (states := self.store.get(key)) is not None}
-        for key, (_, row) in zip(keys, wanted, strict=True):
+        for key, row in zip(keys, rows, strict=True):
             if key in found and found[key].shape != (len(row), self.decoder.shape.width):
                 del found[key]
-        missing = dict(pair for pair in zip(keys, wanted, strict=True) if pair[0] not in found)
-        self.n_found += len(wanted) - len(missing)
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in found}
+        self.n_found += len(rows) - len(missing)
         self.n_computed += len(missing)
         if missing:
-            self._compute(prefix, missing, found)
-        order = [keys[-1], *keys[:-1]] if prefix else keys
-        return torch.cat([found[key] for key in order]).to(self.decoder.place.device)
+            found |= self._compute(missing)
+        return torch.cat([found[key] for key in keys]).to(self.decoder.place.device)
 
     @torch.no_grad()
-    def _compute(
-        self,
-        prefix: Sequence[int],
-        missing: dict[bytes, tuple[tuple[int, ...], tuple[int, ...]]],
-        found: dict[bytes, torch.Tensor],
-    ) -> None:
-        keys = sorted(missing, key=lambda key: not missing[key][0])  # rows behind the prefix come first
-        bare = [key for key in keys if not missing[key][0]]
-        packed = pack(self.decoder, prefix, [missing[key][1] for key in keys], len(bare))
-        x = self.decoder.run(self.decoder.weights.embed(packed.ids), packed.where, self.lora, 0, self.lora.first_layer)
-        lengths = [len(missing[key][1]) for key in keys]
-        for key, states in zip(keys, x[len(prefix) :].cpu()[: sum(lengths)].split(lengths), strict=True):
-            found[key] = states
-        self.store.put([(key, found[key].contiguous().view(torch.uint8).numpy().tobytes()) for key in keys])
+    def _compute(self, missing: dict[bytes, Sequence[int]]) -> dict[bytes, torch.Tensor]:
+        packed = pack(self.decoder, list(missing.values()))
+        x = self.decoder.run(self.decoder.weights.embed(packed.ids), packed.where, self.lora, 0, self.lora.first_layer).cpu()
+        computed = {key: x[at] for key, at in zip(missing, packed.rows, strict=True)}
+        self.store.put([(key, states.view(torch.uint8).numpy().tobytes()) for key, states in computed.items()])
+        return computed
 
-    def _key(self, prefix: tuple[int, ...], row: tuple[int, ...]) -> bytes:
+    def _key(self, row: Sequence[int]) -> bytes:
         digest = self._digest.copy()
-        digest.update(np.array([len(prefix), *prefix, *row], np.int64).tobytes())
+        digest.update(np.array(row, np.int64).tobytes())
         return digest.digest()
 
     def _from_bytes(self, states: bytes) -> torch.Tensor:

@@ -24,7 +24,7 @@ from edgecl_convert.ggml import default_threads
 
 from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
-from .batches import TrainRow, asked_otherwise, micro_batches, night_batches, shared_prefix, usable
+from .batches import TrainRow, asked_otherwise, micro_batches, night_batches, usable
 from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
 from .head import NTH, Sample
@@ -50,8 +50,8 @@ class TrainReport:
     """What a night's training did; times in seconds, losses in nats.
 
     Attributes:
-        tokens: unpadded tokens of all rows trained on, counted as if each row were run alone: a prefix that rows share is
-            computed once a batch and counted for each.
+        tokens: unpadded tokens of all rows trained on, counted as if each row were run alone: what rows begin with in
+            common is computed once a batch and counted for each.
         plan: what the planner chose, in a line; predicted_s and predicted_rss_bytes: what it expected of this run.
         n_cut: rows cut from the left to the context; n_left_out: rows without an answer, or whose answer is longer than that;
             left_out: which of the new ones.
@@ -157,7 +157,6 @@ class _Run:
             )
         self.batches = self._batches()
         self.rehearsal, self.evenly_until = Rehearsal(self.replay), round(EVENLY * len(self.batches))
-        self.prefix = shared_prefix([row for batch in self.batches for row in batch])
         self.place = placement()
         n_held = math.ceil(len(self.batches) / EVERY)
         texts = list(night.anchor)[:n_held] if settings.anchor_weight else []
@@ -166,7 +165,7 @@ class _Run:
 
         longest_text = max((len(ids) for ids in texts), default=0)
         shape = read_shape(gguf)
-        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, len(self.prefix), longest_text)
+        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, longest_text)
         if plan.few_kernels:
             forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
@@ -230,7 +229,7 @@ class _Run:
             return plan
         by_size = sorted(self.batches, key=lambda batch: sum(len(row.ids) for row in batch))
         text = self.night.anchor[0][::EVERY] if has_anchor else None
-        typical = Typical(by_size[len(by_size) // 2], self.prefix, text, self.sample)
+        typical = Typical(by_size[len(by_size) // 2], text, self.sample)
         n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
         share_first = 1.0 if self.night.store is None else n_distinct / n_rows
         return plan_time(
@@ -336,9 +335,7 @@ class _Run:
         weight = settings.anchor_weight * EVERY
         if self.sample:
             self.sample.turn = step
-        each = backward(
-            self.decoder, self.lora, self.prefix, rows, held, weight, self.plan.micro_tokens, self.latents, self.sample
-        )
+        each = backward(self.decoder, self.lora, rows, held, weight, self.plan.micro_tokens, self.latents, self.sample)
         value = sum(each) / len(rows)
         if step < self.evenly_until:
             self.rehearsal.note(step, rows, each)
@@ -361,8 +358,8 @@ class _Run:
         if self.latents is None:
             return
         rows = [row for batch in self.batches[step : step + AHEAD] for row in batch]
-        for part in micro_batches(rows, len(self.prefix), (AHEAD - 1) * self.plan.micro_tokens):
-            self.latents.states(self.prefix, [row.ids[len(self.prefix) :] for row in part])
+        for part in micro_batches(rows, (AHEAD - 1) * self.plan.micro_tokens):
+            self.latents.states([row.ids for row in part])
 
     def _is_getting_worse(self) -> bool:
         """Measure the held-out rows where it is time to; return whether the best is `patience` measurements old."""

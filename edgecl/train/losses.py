@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .batches import TrainRow, micro_batches, predicted, shared_prefix
+from .batches import TrainRow, micro_batches, predicted
 from .decoder import Decoder
 from .forward import hidden_states
 from .head import NO_TOKEN, Sample, log_sum
@@ -71,7 +71,7 @@ def _expected(decoder: Decoder, texts: Sequence[list[int]], latents: Latents | N
     """Return, for each text, the mean entropy and then the expected row of the head after each token, as float32."""
     sizes = [len(ids) for ids in texts]
     wanted = [(i, t) for i, n in enumerate(sizes) for t in range(n)]
-    hidden = hidden_states(decoder, None, [], texts, wanted, len(texts), latents)
+    hidden = hidden_states(decoder, None, texts, wanted, latents)
     total, expected = log_sum(hidden, torch.full((len(hidden),), NO_TOKEN, device=hidden.device), decoder.weights)
     entropy = total - (hidden * expected).sum(-1)
     parts = zip(entropy.split(sizes), expected.split(sizes), strict=True)
@@ -94,7 +94,6 @@ class Losses(NamedTuple):
 def losses(
     decoder: Decoder,
     lora: Lora | None,
-    prefix: Sequence[int],
     rows: Sequence[TrainRow],
     anchor: Anchor | None,
     latents: Latents | None = None,
@@ -103,24 +102,22 @@ def losses(
     """Return the losses of rows and of an anchor.
 
     Args:
-        prefix: what all rows begin with.
-        anchor: rides along as one more row, without the prefix; None: its loss is 0.
+        anchor: rides along as one more row; None: its loss is 0.
         latents: where the states come from that enter the first trained layer; None: from all layers below it.
         sample: stands for the vocabulary; None: all of it.
     """
-    n_prefix, weights = len(prefix), decoder.weights
-    bodies: list[Sequence[int]] = [row.ids[n_prefix:] for row in rows]
-    wanted = predicted(rows, n_prefix)
+    weights = decoder.weights
+    ids, wanted = [row.ids for row in rows], predicted(rows)
     tokens, targets = _answers(weights, rows)
     n_answers = len(tokens)
     n_anchor = 0
     if anchor is not None:
         n_anchor = len(anchor.ids)
-        bodies.append(anchor.ids)
+        ids.append(anchor.ids)
         wanted += [(len(rows), t) for t in range(n_anchor)]
         tokens += [NO_TOKEN] * n_anchor
         targets.append(anchor.expected)
-    hidden = hidden_states(decoder, lora, prefix, bodies, wanted, int(anchor is not None), latents)
+    hidden = hidden_states(decoder, lora, ids, wanted, latents)
     each: torch.Tensor = _Losses.apply(hidden, torch.cat(targets), torch.tensor(tokens, device=hidden.device), weights, sample)
     of_answers, of_anchor = each.split([n_answers, n_anchor])
     drift = of_anchor.mean() - anchor.entropy if anchor is not None else each.new_zeros(())
@@ -131,7 +128,6 @@ def losses(
 def backward(
     decoder: Decoder,
     lora: Lora,
-    prefix: list[int],
     rows: list[TrainRow],
     anchor: Anchor | None,
     anchor_weight: float,
@@ -141,8 +137,8 @@ def backward(
 ) -> list[float]:
     """Add the gradient of a batch, in parts of at most `micro_tokens`; return the answer loss of each row in nats."""
     each: list[float] = []
-    for part in micro_batches(rows, len(prefix), micro_tokens):
-        answers, drift = losses(decoder, lora, prefix, part, anchor, latents, sample)
+    for part in micro_batches(rows, micro_tokens):
+        answers, drift = losses(decoder, lora, part, anchor, latents, sample)
         (answers.sum() / len(rows) + anchor_weight * drift).backward()
         each += answers.tolist()
         anchor = None  # once a batch
@@ -152,9 +148,8 @@ def backward(
 @torch.no_grad()
 def answer_loss(decoder: Decoder, lora: Lora | None, rows: Sequence[TrainRow], micro_tokens: int) -> float:
     """Return the mean answer loss of rows, of each the mean over its tokens, in nats."""
-    prefix = shared_prefix(rows)
-    parts = micro_batches(rows, len(prefix), micro_tokens)
-    total = sum(losses(decoder, lora, prefix, part, None).answers.sum().item() for part in parts)
+    parts = micro_batches(rows, micro_tokens)
+    total = sum(losses(decoder, lora, part, None).answers.sum().item() for part in parts)
     return total / len(rows)
 
 

@@ -4,8 +4,8 @@ What a general library spends on a small model on a CPU is not products but ever
 projection, low-rank factors cast anew, gradients of frozen weights prepared for, intermediate results kept. Here a group of
 projections is one product, its LoRA gradients go straight into one buffer, and each operation keeps only what it needs.
 
-The backward pass goes through the first G tokens of a sequence (`packing` puts them there): an operation returns gradients
-for these and zeros for the others.
+The backward pass goes through the first G tokens of a sequence (`packing` puts them there): an operation keeps what it needs
+for these, and returns gradients for these and zeros for the others.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class Project(torch.autograd.Function):
         layer: int,
         group: str,
         lora: LoraGroup | None,
-        gelu: bool | None = None,
-        n_through: int | None = None,
-        n_heard: int | None = None,
+        gelu: bool | None,
+        n_through: int,
+        n_heard: int,
     ) -> torch.Tensor:
         """Map (T, in) to (T, out).
 
         Args:
             trained: the adapter's parameter: the output then belongs to the graph even where x does not.
-            n_through: G, None for T; n_heard: so many of the outputs get a gradient, None for G.
             lora: the group's factors, None where it has none.
             gelu: x is gate and up (T, 2 in), and `gated` comes first; computed again in the backward pass, which spares its
                 memory: a quarter of what a layer keeps.
+            n_through: G; n_heard: of so many is there a gradient of y.
         """
-        kept = x
+        kept = _first(x, n_heard)
         if gelu is not None:
             x = gated(x, gelu)
         y = F.linear(x, weights.group(layer, group), weights.biases[layer, group])
@@ -56,11 +56,10 @@ class Project(torch.autograd.Function):
         if lora is not None:
             low = x @ lora.a.T  # (T, k r)
             y.addmm_(low, lora.b.T, alpha=lora.scaling)
+            low = _first(low, n_heard)
         ctx.save_for_backward(kept, low)
-        ctx.gelu = gelu
+        ctx.gelu, ctx.n_tokens, ctx.n_through = gelu, len(x), n_through
         ctx.weights, ctx.layer, ctx.group, ctx.lora = weights, layer, group, lora
-        ctx.n_through = len(x) if n_through is None else n_through
-        ctx.n_heard = n_heard or ctx.n_through
         return y
 
     @staticmethod
@@ -68,12 +67,12 @@ class Project(torch.autograd.Function):
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Add the gradients of A and B to their buffers; return that of x."""
         kept, low = ctx.saved_tensors
-        n, dy = ctx.n_through, dy[: ctx.n_heard]
+        n, dy = ctx.n_through, dy[: len(kept)]
         lora: LoraGroup | None = ctx.lora
         dlow = None
         if lora is not None:
-            x, dlow = kept[: len(dy)], dy @ lora.b
-            lora.add_gradients(dlow.T @ (x if ctx.gelu is None else gated(x, ctx.gelu)), low[: len(dy)].T @ dy)
+            x, dlow = kept if ctx.gelu is None else gated(kept, ctx.gelu), dy @ lora.b
+            lora.add_gradients(dlow.T @ x, low.T @ dy)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy[:n] @ ctx.weights.group(ctx.layer, ctx.group)
@@ -81,7 +80,7 @@ class Project(torch.autograd.Function):
                 dx.addmm_(dlow[:n], lora.a, alpha=lora.scaling)
             if ctx.gelu is not None:
                 dx = _gated_backward(kept[:n], dx, ctx.gelu)
-            dx = _with_zeros(dx, len(kept))
+            dx = _with_zeros(dx, ctx.n_tokens)
         return dx, None, None, None, None, None, None, None, None
 
 
@@ -89,25 +88,30 @@ class RmsNorm(torch.autograd.Function):
     """y = x / rms(x) * factors over the last dimension, computed in float32; the factors are frozen."""
 
     @staticmethod
-    def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float, n_through: int | None = None) -> torch.Tensor:
-        """Norm (T, ..., D); n_through: G, None for T."""
+    def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float, n_through: int) -> torch.Tensor:
+        """Norm (T, ..., D); n_through: G."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, factors, inverse)
-        ctx.n_through = n_through
+        ctx.save_for_backward(_first(x, n_through), factors, _first(inverse, n_through))
+        ctx.n_tokens = len(x)
         return (x * inverse).mul_(factors).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
-        whole, factors, inverse = ctx.saved_tensors
-        x, inverse, dy = (tensor[: ctx.n_through] for tensor in (whole, inverse, dy))
+        x, factors, inverse = ctx.saved_tensors
+        dy = dy[: len(x)]
         unit = x * inverse  # float32
         g = dy * factors  # (..., D) float32
         projected = (g * unit).mean(-1, keepdim=True)
         dx = g.addcmul_(unit, projected, value=-1).mul_(inverse).to(x.dtype)
-        return _with_zeros(dx, len(whole)), None, None, None
+        return _with_zeros(dx, ctx.n_tokens), None, None, None
+
+
+def _first(x: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the first n rows of x (T, ...), so that the others can be forgotten."""
+    return x if n == len(x) else x[:n].clone()
 
 
 def _with_zeros(dx: torch.Tensor, n: int) -> torch.Tensor:
@@ -154,7 +158,7 @@ class Bucket(NamedTuple):
     Attributes:
         slots: of all tokens; back: of those that the backward pass goes through, m in a line.
         queries: (S H m,) where these stand among the (S K, H / K n) of all; None: they are the same.
-        bias: (S K, H / K n, P + n), 0 where a slot sees a token of the prefix or a slot, and -inf where not.
+        bias: (S K, H / K n, P + n), 0 where a slot sees a token of the tree or a slot, and -inf where not.
         near: the same within a window, or None.
     """
 
@@ -171,13 +175,13 @@ class Lines(NamedTuple):
     Attributes:
         token: (N,) the token of each slot, any where it is empty; slot: (T,) the slot of each token.
         back_slot: (G,) the slot of each of the first G, through which the backward pass goes, among those of `Bucket.back`.
-        prefix: the P tokens which stand in slots of their own and in front of every line.
+        shared: (P,) the tokens which stand in front of every line, besides slots of their own; any where there are fewer.
     """
 
     token: torch.Tensor
     slot: torch.Tensor
     back_slot: torch.Tensor
-    prefix: slice
+    shared: torch.Tensor
     buckets: Sequence[Bucket]
 
 
@@ -209,14 +213,14 @@ class Attend(torch.autograd.Function):
         turned = torch.empty_like(qkv)
         _rotate(qkv[:, :n_qk], cos, sin, turned[:, :n_qk])
         turned[:, n_qk:] = qkv[:, n_qk:]
-        prefix, slots = turned[lines.prefix], turned.index_select(0, lines.token)
+        shared, slots = (turned.index_select(0, tokens) for tokens in (lines.shared, lines.token))
         out = qkv.new_empty(len(slots), n_head, d)
         kept: list[torch.Tensor] = []
         for bucket in lines.buckets:
             parts = slots[:, :n_head], slots[:, n_head:n_qk], slots[:, n_qk:]
             q, k, v = (_by_head(part, bucket.slots, n_kv) for part in parts)
-            if len(prefix):
-                k, v = _behind(prefix[:, n_head:n_qk], k), _behind(prefix[:, n_qk:], v)
+            if len(shared):
+                k, v = _behind(shared[:, n_head:n_qk], k), _behind(shared[:, n_qk:], v)
             bias = bucket.near if is_near and bucket.near is not None else bucket.bias
             share = torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), -1)
             _to_slots(torch.bmm(share, v), bucket.slots, out)
@@ -233,13 +237,13 @@ class Attend(torch.autograd.Function):
         """Return the gradient of qkv: of the first G queries, and of all keys and values."""
         cos, sin, *kept = ctx.saved_tensors
         lines, n_kv, d = ctx.lines, ctx.n_kv, kept[0].shape[-1]
-        n_through, n_prefix = len(lines.back_slot), lines.prefix.stop - lines.prefix.start
+        n_through, n_shared = len(lines.back_slot), len(lines.shared)
         dy = dy.view(len(dy), -1, d)
         n_head, n_qk = dy.shape[1], dy.shape[1] + n_kv
         n_back = sum(bucket.back.n_lines * bucket.back.width for bucket in lines.buckets)
         d_out = dy.new_zeros(n_back, n_head, d).index_copy_(0, lines.back_slot, dy[:n_through])  # nothing from empty slots
         dq, dkv = torch.empty_like(d_out), dy.new_zeros(len(lines.token), 2 * n_kv, d)
-        d_prefix = dy.new_zeros(n_prefix, 2 * n_kv, d)
+        d_shared = dy.new_zeros(n_shared, 2 * n_kv, d)
         for i, bucket in enumerate(lines.buckets):
             if not bucket.back.width:
                 continue
@@ -248,15 +252,15 @@ class Attend(torch.autograd.Function):
             d_share = torch.bmm(d_mixed, v.transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_share, share, -1, share.dtype).mul_(ctx.scale)
             dk, dv = torch.bmm(d_scores.transpose(1, 2), q), torch.bmm(share.transpose(1, 2), d_mixed)
-            if n_prefix:
-                d_prefix[:, :n_kv] += _of_prefix(dk, n_prefix, n_kv)
-                d_prefix[:, n_kv:] += _of_prefix(dv, n_prefix, n_kv)
-                dk, dv = dk[:, n_prefix:], dv[:, n_prefix:]
+            if n_shared:
+                d_shared[:, :n_kv] += _of_shared(dk, n_shared, n_kv)
+                d_shared[:, n_kv:] += _of_shared(dv, n_shared, n_kv)
+                dk, dv = dk[:, n_shared:], dv[:, n_shared:]
             _to_slots(torch.bmm(d_scores, k), bucket.back, dq)
             _to_slots(dk, bucket.slots, dkv[:, :n_kv])
             _to_slots(dv, bucket.slots, dkv[:, n_kv:])
         turned = dkv.index_select(0, lines.slot)
-        turned[lines.prefix] += d_prefix
+        turned.index_add_(0, lines.shared, d_shared)
         out = dy.new_zeros(len(dy), n_qk + n_kv, d)
         queries = dq.index_select(0, lines.back_slot)
         _rotate(queries, cos[:n_through], -sin[:n_through], out[:n_through, :n_head])
@@ -292,12 +296,12 @@ def _some(by_head: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     return by_head.flatten(0, 1).index_select(0, queries).view(len(by_head), -1, by_head.shape[2])
 
 
-def _behind(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Return the prefix (P, K, d) in front of each line's keys or values (S K, n, d)."""
-    n_lines = len(own) // prefix.shape[1]
-    return torch.cat([prefix.transpose(0, 1).repeat(n_lines, 1, 1), own], 1)
+def _behind(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return what is shared (P, K, d) in front of each line's keys or values (S K, n, d)."""
+    n_lines = len(own) // shared.shape[1]
+    return torch.cat([shared.transpose(0, 1).repeat(n_lines, 1, 1), own], 1)
 
 
-def _of_prefix(dk: torch.Tensor, n_prefix: int, n_kv: int) -> torch.Tensor:
-    """Return what all lines send back to the prefix, (P, K, d), from (S K, P + n, d)."""
-    return dk[:, :n_prefix].reshape(-1, n_kv, n_prefix, dk.shape[2]).sum(0).transpose(0, 1)
+def _of_shared(dk: torch.Tensor, n_shared: int, n_kv: int) -> torch.Tensor:
+    """Return what all lines send back to what they share, (P, K, d), from (S K, P + n, d)."""
+    return dk[:, :n_shared].reshape(-1, n_kv, n_shared, dk.shape[2]).sum(0).transpose(0, 1)

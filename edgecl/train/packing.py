@@ -1,10 +1,10 @@
 """Packing: a whole batch as one sequence.
 
-A night's rows are a few dozen tokens each and begin alike (the template's system turn). The shared prefix stands once in
-front, the rows follow one after another. The products of a layer then have as many rows as there are real tokens, which is
-what a CPU needs, and a few more: oneDNN compiles and keeps kernels for every shape that it meets (1 ms and 0.35 MB each), so
-the sequence is filled up to a multiple of 16. To attend, rows of about the same length are laid side by side, each behind the
-prefix.
+A night's rows are a few dozen tokens each, and many begin alike: the template's system turn, a task's instruction, a
+question's first words. What several rows begin with stands once, as a tree; what each goes on with follows. The products of a
+layer then have as many rows as there are different tokens, which is what a CPU needs, and a few more: oneDNN compiles and keeps
+kernels for every shape that it meets (1 ms and 0.35 MB each), so the sequence is filled up to a multiple of 16. To attend,
+rows of about the same length are laid side by side, all of the tree before each, of which a row sees its own path.
 
 Tokens at which something is predicted stand in front, whatever their row, because the backward pass goes through these alone:
 a fifth of all where answers are short. What enters a layer at any other token is a constant to it (as in TokenTune, Simoulin
@@ -16,100 +16,140 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from ..data import common_length
 from .decoder import Decoder, Sequenced
 from .ops import Bucket, Lines, Span
 
-MULTIPLE = 16  # of tokens in a sequence, and of slots in a line
-WANTED_MULTIPLE = 16  # of tokens at which something is predicted
+MULTIPLE = 16  # of tokens in a sequence, of those in front, of those in a tree, and of slots in a line
 SHORT = 64  # rows up to this length share lines
-_PREFIX = -1  # the row of a token that all rows behind it see
+LEAST = 3  # rows that begin alike have that in common; two, where there are no more
+_SHARED = -1  # the row of a token of the tree
 _FILL = -2  # the row of a token that fills up
 _EMPTY = -3  # the row of a slot without a token
 
 Piece = tuple[int, Sequence[int]]  # a row and its tokens in the sequence
 
 
+class Tree(NamedTuple):
+    """What rows begin with in common.
+
+    Attributes:
+        first: of each of its tokens the first row that begins with it, and where in that row it stands.
+        paths: of each row its tokens of the tree.
+    """
+
+    first: list[tuple[int, int]]
+    paths: list[list[int]]
+
+
+def tree(rows: Sequence[Sequence[int]], n_before: Sequence[int]) -> Tree:
+    """Return what at least LEAST rows begin with, of the first `n_before` tokens of each."""
+    begins = [list(row[:n]) for row, n in zip(rows, n_before, strict=True)]
+    in_order = sorted(range(len(rows)), key=begins.__getitem__)  # rows that begin alike are neighbours
+    least = min(LEAST, max(2, len(rows)))
+    n_shared = [0] * len(rows)
+    for at in range(len(rows) - least + 1):
+        neighbours = in_order[at : at + least]
+        n = common_length([begins[neighbours[0]], begins[neighbours[-1]]])
+        for i in neighbours:
+            n_shared[i] = max(n_shared[i], n)
+    nodes: dict[tuple[int, int], int] = {}
+    first: list[tuple[int, int]] = []
+    paths = []
+    for i, n in enumerate(n_shared):
+        node, path = -1, []
+        for t in range(n):
+            node = nodes.setdefault((node, begins[i][t]), len(nodes))
+            if node == len(first):
+                first.append((i, t))
+            path.append(node)
+        paths.append(path)
+    return Tree(first, paths)
+
+
 @dataclass(frozen=True)
 class Packed:
-    """Prefix + rows as one sequence.
+    """Rows as one sequence.
 
     Attributes:
         ids: in the order of the sequence, with what fills it up.
-        order: where each of them stands in prefix + rows; 0 for what fills up.
+        rows: where the tokens of each row stand in it.
+        order: where each of them stands among the tokens of all rows, one row after the other; 0 for what fills up.
         n_wanted: so many in front are those at which something is predicted, with what fills them up.
     """
 
     ids: list[int]
+    rows: list[list[int]]
     order: list[int]
     n_wanted: int
     where: Sequenced
 
 
-def pack(
-    decoder: Decoder,
-    prefix: Sequence[int],
-    rows: Sequence[Sequence[int]],
-    n_bare: int = 0,
-    wanted: Sequence[tuple[int, int]] = (),
-) -> Packed:
-    """Pack rows behind their prefix.
+def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]] = ()) -> Packed:
+    """Pack rows of token ids; `wanted`: row and token of what stands in front."""
+    n_before = [len(row) for row in rows]
+    for i, t in wanted:
+        n_before[i] = min(n_before[i], t)
+    shared, paths = tree(rows, n_before)
+    places: list[tuple[int, int] | None] = [*wanted, *[None] * (-len(wanted) % MULTIPLE)]
+    n_wanted, in_front = len(places), set(wanted)
+    places += shared
+    for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
+        places += [(i, t) for t in range(len(path), len(row)) if (i, t) not in in_front]
+    places += [None] * (-len(places) % MULTIPLE)
 
-    Args:
-        rows: token ids without the prefix.
-        n_bare: the last rows do not follow the prefix and do not see it.
-        wanted: row and token of what stands in front; without any the sequence is prefix + rows.
-    """
-    ids, positions, owners = list(prefix), list(range(len(prefix))), [_PREFIX] * len(prefix)
-    starts = []
-    for i, row in enumerate(rows):
-        starts.append(len(ids))
-        ids += row
-        first = len(prefix) if i < len(rows) - n_bare else 0
-        positions += range(first, first + len(row))
-        owners += [i] * len(row)
-    fill = len(ids)
-    ids, positions, owners = [*ids, 0], [*positions, 0], [*owners, _FILL]
+    starts = [0, *accumulate(map(len, rows))]
+    where = [[n_wanted + node for node in path] + [0] * (len(row) - len(path)) for row, path in zip(rows, paths, strict=True)]
+    tree_at = range(n_wanted, n_wanted + len(shared))
+    for here, place in enumerate(places):
+        if place is not None and here not in tree_at:
+            where[place[0]][place[1]] = here
+    pieces: list[Piece] = [(i, at[len(path) :]) for i, (at, path) in enumerate(zip(where, paths, strict=True))]
+    pieces += [(_SHARED, tree_at[first : first + SHORT]) for first in range(0, len(shared), SHORT)]
+    pieces.append((_FILL, [here for here, place in enumerate(places) if place is None]))
 
-    order = [starts[row] + token for row, token in wanted]
-    in_front = set(order)
-    order += [fill] * (-len(order) % WANTED_MULTIPLE)
-    n_wanted = len(order)
-    order += [i for i in range(fill) if i not in in_front]
-    order += [fill] * (-len(order) % MULTIPLE)
-    by_owner: dict[int, list[tuple[int, int]]] = {}
-    for here, i in enumerate(order):
-        by_owner.setdefault(owners[i], []).append((i, here))
-    pieces = [(owner, [here for _, here in sorted(places)]) for owner, places in by_owner.items()]
-
-    at = torch.tensor([positions[i] for i in order])
-    n_through = len(order) if decoder.exact or not wanted else n_wanted
-    lines = _lines(decoder, pieces, at, slice(n_wanted, n_wanted + len(prefix)), len(rows) - n_bare, n_through)
-    at = at.to(decoder.place.device)
+    positions = torch.tensor([0 if place is None else place[1] for place in places])
+    n_through = len(places) if decoder.exact or not wanted else n_wanted
+    sees = np.zeros((len(places), len(shared) + -len(shared) % MULTIPLE), bool)
+    for at, path in zip(where, paths, strict=True):
+        for n, here in enumerate(at[: len(path)], 1):
+            sees[here, path[:n]] = True
+        sees[np.ix_(at[len(path) :], path)] = True
+    lines = _lines(decoder, [piece for piece in pieces if piece[1]], positions, tree_at, torch.from_numpy(sees), n_through)
+    positions = positions.to(decoder.place.device)
     factors, shape = decoder.weights.rotary_factors(), decoder.shape
-    turns = decoder.turns(at, shape.rope_theta, factors)
-    near = decoder.turns(at, shape.rope_theta_window, factors) if shape.window else None
-    places = [0 if i == fill else i for i in order]
-    return Packed([ids[i] for i in order], places, n_wanted, Sequenced(turns, near, lines))
+    turns = decoder.turns(positions, shape.rope_theta, factors)
+    near = decoder.turns(positions, shape.rope_theta_window, factors) if shape.window else None
+    order = [0 if place is None else starts[place[0]] + place[1] for place in places]
+    ids = [0 if place is None else rows[place[0]][place[1]] for place in places]
+    return Packed(ids, where, order, n_wanted, Sequenced(turns, near, lines))
 
 
-def line_sizes(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return how many lines of how many slots rows of these lengths stand in while they attend."""
-    pieces = [(i, range(length)) for i, length in enumerate(lengths) if length]
-    return [(len(lines), width) for width, lines in _in_lines(pieces)]
+def extent(rows: Sequence[Sequence[int]], n_before: Sequence[int]) -> tuple[int, int, list[tuple[int, int]]]:
+    """Return how many tokens packed rows take, how many of these are shared, and in how many lines of how many slots."""
+    shared, paths = tree(rows, n_before)
+    pieces: list[Piece] = [(i, range(len(row) - len(path))) for i, (row, path) in enumerate(zip(rows, paths, strict=True))]
+    pieces += [(_SHARED, range(min(SHORT, len(shared) - first))) for first in range(0, len(shared), SHORT)]
+    lines = [(len(lines), width) for width, lines in _in_lines([piece for piece in pieces if piece[1]])]
+    return sum(len(piece[1]) for piece in pieces), len(shared), lines
 
 
 def _lines(
-    decoder: Decoder, pieces: Sequence[Piece], positions: torch.Tensor, prefix: slice, n_behind: int, n_through: int
+    decoder: Decoder, pieces: Sequence[Piece], positions: torch.Tensor, tree_at: range, sees: torch.Tensor, n_through: int
 ) -> Lines:
     """Lay pieces of a sequence side by side.
 
     Args:
-        positions: (T,) of tokens, behind the prefix; prefix: where that stands in the sequence.
-        n_behind: so many rows see the prefix; n_through: so many tokens does the backward pass go through.
+        positions: (T,) of tokens in their rows; tree_at: where the tree stands in the sequence.
+        sees: (T, P) what of the tree each token sees; n_through: so many tokens does the backward pass go through.
     """
+    shared = torch.tensor([*tree_at, *[0] * (sees.shape[1] - len(tree_at))], dtype=torch.long)
     buckets, first, first_back = [], 0, 0
     slot, back_slot = torch.empty(len(positions), dtype=torch.long), torch.empty(n_through, dtype=torch.long)
     tokens = []
@@ -127,7 +167,7 @@ def _lines(
         slot[token[token >= 0]] = first + torch.nonzero(token.flatten() >= 0)[:, 0]
         taken = is_back.gather(1, back)
         back_slot[token.gather(1, back)[taken]] = first_back + torch.nonzero(taken.flatten())[:, 0]
-        bias, near = _biases(decoder, owner, positions[token.clamp(0)], prefix.stop - prefix.start, n_behind)
+        bias, near = _biases(decoder, owner, sees[token] & (token >= 0)[..., None], positions[token], positions[shared])
         is_whole = back.shape[1] == width
         by_head = torch.arange(len(held) * decoder.shape.n_head).view(len(held), -1, 1) * width + back[:, None]
         queries = None if is_whole else by_head.flatten().to(decoder.place.device)
@@ -135,7 +175,7 @@ def _lines(
         tokens.append(token.flatten())
         first, first_back = first + token.numel(), first_back + back.numel()
     device = decoder.place.device
-    return Lines(torch.cat(tokens).clamp_(0).to(device), slot.to(device), back_slot.to(device), prefix, buckets)
+    return Lines(torch.cat(tokens).clamp_(0).to(device), slot.to(device), back_slot.to(device), shared.to(device), buckets)
 
 
 def _back(is_back: torch.Tensor) -> torch.Tensor:
@@ -168,12 +208,16 @@ def _in_lines(pieces: Sequence[Piece]) -> list[tuple[int, list[list[Piece]]]]:
 
 
 def _biases(
-    decoder: Decoder, owner: torch.Tensor, position: torch.Tensor, n_prefix: int, n_behind: int
+    decoder: Decoder, owner: torch.Tensor, sees: torch.Tensor, position: torch.Tensor, of_tree: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what the slots (S, n) of a bucket see, as `Bucket` has it, everywhere and within a window."""
+    """Return what the slots (S, n) of a bucket see, as `Bucket` has it, everywhere and within a window.
+
+    Args:
+        sees: (S, n, P) of the tree; position: (S, n) in their rows, of_tree: (P,).
+    """
     shape = decoder.shape
-    own = (owner[:, :, None] == owner[:, None]).tril()
-    seen = torch.cat([((owner >= 0) & (owner < n_behind))[:, :, None].expand(-1, -1, n_prefix), own], 2)
+    own = (owner[:, :, None] == owner[:, None]).tril() & (owner != _SHARED)[:, :, None]
+    seen = torch.cat([sees, own], 2)
 
     def bias(seen: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(seen.shape, dtype=decoder.place.dtype).masked_fill_(~seen, float("-inf"))
@@ -182,5 +226,5 @@ def _biases(
 
     if not shape.window:
         return bias(seen), None
-    keys = torch.cat([torch.arange(n_prefix).expand(len(owner), -1), position], 1)
+    keys = torch.cat([of_tree.expand(len(owner), -1), position], 1)
     return bias(seen), bias(seen & (position[:, :, None] - keys[:, None] < shape.window))

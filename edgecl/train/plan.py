@@ -26,7 +26,7 @@ from .batches import TrainRow, micro_batches, predicted
 from .decoder import Decoder
 from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
-from .packing import line_sizes, pack
+from .packing import extent, pack
 from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
 
@@ -95,22 +95,22 @@ def plan_memory(
     settings: TrainSettings,
     ram_bytes: int,
     batches: Sequence[Sequence[TrainRow]],
-    n_prefix: int,
     n_anchor: int,
 ) -> Plan:
     """Return the fastest plan whose memory fits into `ram_bytes`.
 
     Args:
-        batches: rows of each step; n_prefix: tokens that they share; n_anchor: tokens of a piece of general text.
+        batches: rows of each step; n_anchor: tokens of a piece of general text.
 
     Raises:
         EdgeclError: none fits; says how much would.
     """
-    lengths = [[len(row.ids) - n_prefix for row in rows] for rows in batches] or [[1]]
+    lengths = [[len(row.ids) for row in rows] for rows in batches] or [[1]]
     step, longest = max(map(sum, lengths)), max(map(max, lengths))
-    lines = [line_sizes([*row, n_prefix, n_anchor]) for row in lengths]
-    slots = max(sum(n * width for n, width in sizes) for sizes in lines)
-    seen = max(sum(n * width * (width + n_prefix) for n, width in sizes) for sizes in lines)
+    extents = [_extent(rows, n_anchor) for rows in batches] or [(1, 0, [(1, 1)])]
+    different = max(n_tokens for n_tokens, _, _ in extents)
+    slots = max(sum(n * width for n, width in lines) for _, _, lines in extents)
+    seen = max(sum(n * width * (width + n_shared) for n, width in lines) for _, n_shared, lines in extents)
     n_answers = max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
     first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
@@ -118,9 +118,11 @@ def plan_memory(
     for checkpointing, few in itertools.product((False, True), (False, True)):
         for parts in (1, 2, 4, 8):
             micro = max(min(MICRO_TOKENS, step) // parts, longest)
-            n_tokens = micro + n_prefix + n_anchor
+            n_tokens = max(longest, micro * different // step) + n_anchor
             pairs = max(seen // parts, longest * longest)
-            sizes = Sizes(n_tokens, slots // parts, pairs, min(n_answers + n_anchor, n_tokens))
+            n_predicted = min(n_answers + n_anchor, n_tokens)
+            n_through = n_tokens if settings.exact else n_predicted
+            sizes = Sizes(n_tokens, slots // parts, pairs, n_predicted, n_through)
             kernels = (FEW_KERNELS_BYTES if few else KERNEL_BYTES)[place.dtype][n_anchor > 0]
             fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing) + kernels
             least = min(least or fixed, fixed)
@@ -137,6 +139,13 @@ def plan_memory(
             "raise it, shorten the longest example, or use a smaller model"
         )
     return min(plans, key=lambda pair: pair[0])[1]
+
+
+def _extent(rows: Sequence[TrainRow], n_anchor: int) -> tuple[int, int, list[tuple[int, int]]]:
+    """Return what rows take as `extent` has it, with room for a piece of general text to attend in."""
+    ids, n_before = [row.ids for row in rows], [max(0, row.supervised.index(True) - 1) for row in rows]
+    n_tokens, n_shared, lines = extent([*ids, range(n_anchor)], [*n_before, 0])
+    return n_tokens - n_anchor, n_shared, lines
 
 
 def _cost(shape: Shape, plan: Plan, n_tokens: int, decoding: int) -> float:
@@ -164,12 +173,18 @@ def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> t
 
 
 class Sizes(NamedTuple):
-    """Of the largest part of a step: tokens, slots in which they attend, pairs of those, tokens that are predicted."""
+    """Of the largest part of a step.
+
+    Attributes:
+        n_slots: in which tokens attend; n_pairs: of slots.
+        n_predicted: tokens that are predicted; n_through: that the backward pass goes through.
+    """
 
     n_tokens: int
     n_slots: int
     n_pairs: int
     n_predicted: int
+    n_through: int
 
 
 def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, sizes: Sizes, checkpointing: bool) -> int:
@@ -180,8 +195,10 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
         n_trained * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
     )
     attention = sizes.n_slots * (shape.n_head + 2 * shape.n_kv) * d + sizes.n_pairs * shape.n_head
-    of_a_layer = e * (n_tokens * (4 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention)
-    at_work = e * n_tokens * 7 * shape.n_ff  # in a backward pass
+    of_a_layer = e * (
+        n_tokens * shape.width + sizes.n_through * (3 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention
+    )
+    at_work = e * (n_tokens * 4 + sizes.n_through * 3) * shape.n_ff  # in a forward pass, and in a backward pass
     kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = sizes.n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
@@ -190,10 +207,9 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
 
 @dataclass(frozen=True)
 class Typical:
-    """A step as long as most: its rows, what they begin with, a piece of general text, what stands for the vocabulary."""
+    """A step as long as most: its rows, a piece of general text, what stands for the vocabulary."""
 
     rows: list[TrainRow]
-    prefix: list[int]
     text: list[int] | None
     sample: Sample | None = None
 
@@ -218,11 +234,10 @@ def plan_time(
     top = plan.n_layer - probed  # resident if any layer is
     lora = new_lora(top)
     parts = []
-    for i, part in enumerate(micro_batches(typical.rows, len(typical.prefix), plan.micro_tokens)):
+    for i, part in enumerate(micro_batches(typical.rows, plan.micro_tokens)):
         text = [typical.text] if typical.text and not i else []
-        bodies = [row.ids[len(typical.prefix) :] for row in part]
-        wanted = predicted(part, len(typical.prefix)) + [(len(part), t) for ids in text for t in range(len(ids))]
-        packed = pack(decoder, typical.prefix, [*bodies, *text], len(text), wanted)
+        wanted = predicted(part) + [(len(part), t) for ids in text for t in range(len(ids))]
+        packed = pack(decoder, [*(row.ids for row in part), *text], wanted)
         parts.append((decoder.weights.embed(packed.ids), packed.where, len(wanted)))
 
     def train() -> None:
