@@ -38,7 +38,7 @@ from .schedule import learning_rate
 from .shape import read_shape
 from .weights import placement
 
-EVERY = 2  # steps comes the anchor, and weighs as much more then
+EVERY = 4  # steps comes the anchor, and weighs as much more then
 LONGER = 1.5  # times the steps, of a small night that has its rows in other words too
 AHEAD = 4  # steps, whose rows go through the layers that are not trained together
 

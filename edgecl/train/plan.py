@@ -31,8 +31,8 @@ from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
-# what kernels and the allocator keep, measured over nights of 300 rows without and with an anchor, which rides along every
-# other step and so doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
+# what kernels and the allocator keep, measured over nights of 300 rows without and with an anchor, which rides along in some
+# steps and so doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
 KERNEL_BYTES = {torch.bfloat16: (150_000_000, 240_000_000), torch.float32: (100_000_000, 100_000_000)}
 FEW_KERNELS = 32  # that oneDNN keeps where memory is short: those of a step, instead of all
 FEW_KERNELS_BYTES = {torch.bfloat16: (130_000_000, 205_000_000), torch.float32: (100_000_000, 100_000_000)}
