@@ -71,8 +71,11 @@ def test_what_is_no_question_of_one_line_has_none(model: Path, engine: Engine, f
 
 def test_a_smaller_context_draws_fewer(model: Path) -> None:
     with Engine(model, n_ctx=512, n_batch=64, n_threads=1) as small:
-        (others,) = reword(small, QUESTIONS[:1], 1)
-    assert others and all("tree" in other for other in others[:2])
+        found = [reword(small, QUESTIONS[:1], seed)[0] for seed in (1, 2, 3)]
+    assert sum(map(bool, found)) >= 2, (
+        "of the few that are drawn none may be good enough, which is up to the CPU's rounding too"
+    )
+    assert all("tree" in other for others in found for other in others[:2])
 
 
 def test_numbers_stay_and_no_wording_is_another_of_tonights_questions(engine: Engine) -> None:
