@@ -93,10 +93,7 @@ class Packed:
 
 def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]] = ()) -> Packed:
     """Pack rows of token ids; `wanted`: row and token of what stands in front."""
-    n_before = [len(row) for row in rows]
-    for i, t in wanted:
-        n_before[i] = min(n_before[i], t)
-    shared, paths = tree(rows, n_before)
+    shared, paths = tree(rows, _before(rows, wanted))
     places: list[tuple[int, int] | None] = [*wanted, *[None] * (-len(wanted) % MULTIPLE)]
     n_wanted, in_front = len(places), set(wanted)
     places += shared
@@ -131,9 +128,17 @@ def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple
     return Packed(ids, where, order, n_wanted, Sequenced(turns, near, lines))
 
 
-def extent(rows: Sequence[Sequence[int]], n_before: Sequence[int]) -> tuple[int, int, list[tuple[int, int]]]:
+def _before(rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]]) -> list[int]:
+    """Return how many tokens of each row stand before the first of it that is wanted."""
+    n_before = [len(row) for row in rows]
+    for i, t in wanted:
+        n_before[i] = min(n_before[i], t)
+    return n_before
+
+
+def extent(rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]]) -> tuple[int, int, list[tuple[int, int]]]:
     """Return how many tokens packed rows take, how many of these are shared, and in how many lines of how many slots."""
-    shared, paths = tree(rows, n_before)
+    shared, paths = tree(rows, _before(rows, wanted))
     pieces: list[Piece] = [(i, range(len(row) - len(path))) for i, (row, path) in enumerate(zip(rows, paths, strict=True))]
     pieces += [(_SHARED, range(min(SHORT, len(shared) - first))) for first in range(0, len(shared), SHORT)]
     lines = [(len(lines), width) for width, lines in _in_lines([piece for piece in pieces if piece[1]])]

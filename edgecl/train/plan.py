@@ -143,8 +143,8 @@ def plan_memory(
 
 def _extent(rows: Sequence[TrainRow], n_anchor: int) -> tuple[int, int, list[tuple[int, int]]]:
     """Return what rows take as `extent` has it, with room for a piece of general text to attend in."""
-    ids, n_before = [row.ids for row in rows], [max(0, row.supervised.index(True) - 1) for row in rows]
-    n_tokens, n_shared, lines = extent([*ids, range(n_anchor)], [*n_before, 0])
+    ids, wanted = [row.ids for row in rows], predicted(rows) + [(len(rows), t) for t in range(n_anchor)]
+    n_tokens, n_shared, lines = extent([*ids, range(n_anchor)], wanted)
     return n_tokens - n_anchor, n_shared, lines
 
 
