@@ -81,7 +81,7 @@ class Decoder:
         """Return the hidden states (T, D) after one layer, or those of so many tokens in front."""
         shape = self.shape
         heads = [shape.n_head, shape.n_kv, shape.n_kv]
-        n_tokens, n_through = len(x), len(where.lines.back_slot)
+        n_tokens, n_through = len(x), where.lines.n_through
 
         def norm(values: torch.Tensor, name: str, n: int = n_through) -> torch.Tensor:
             factors = self.weights.norm(layer, name)

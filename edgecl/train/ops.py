@@ -144,44 +144,46 @@ def _gated_backward(gate_up: torch.Tensor, dy: torch.Tensor, is_gelu: bool) -> t
     return out
 
 
-class Span(NamedTuple):
-    """Lines S of slots n that stand one after the other, from a first slot on."""
-
-    first: int
-    n_lines: int
-    width: int
-
-
 class Bucket(NamedTuple):
-    """Rows of about the same length, side by side: lines of slots, in each of which whole rows stand.
+    """Rows of about the same length, side by side: S lines of n slots, in each of which whole rows stand.
+
+    Heads are rows of their own while they attend, so that one step of indexing lays them out. What an empty slot takes is any.
 
     Attributes:
-        slots: of all tokens; back: of those that the backward pass goes through, m in a line.
-        queries: (S H m,) where these stand among the (S K, H / K n) of all; None: they are the same.
+        queries, keys: (S H n,) and (S K (P + n),) where what each slot asks and offers stands among the heads of turned
+            queries and keys (T (H + K)); values: the same among those of queries, keys and values (T (H + 2 K)). The tree's P
+            tokens stand in front of every line.
+        back: (S H m,) which of the queries the backward pass goes through, m in a line; None: all.
+        from_out: (S H m,) where the gradient that each of these gets stands among those of the heads of the first G tokens;
+            one behind them, a row of zeros, for an empty slot.
         bias: (S K, H / K n, P + n), 0 where a slot sees a token of the tree or a slot, and -inf where not.
         near: the same within a window, or None.
     """
 
-    slots: Span
-    back: Span
-    queries: torch.Tensor | None
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    back: torch.Tensor | None
+    from_out: torch.Tensor
     bias: torch.Tensor
     near: torch.Tensor | None
 
 
 class Lines(NamedTuple):
-    """How the T tokens of a packed sequence stand in N slots while they attend.
+    """How the T tokens of a packed sequence attend, and where they find what comes of it in all buckets, one after the other.
 
     Attributes:
-        token: (N,) the token of each slot, any where it is empty; slot: (T,) the slot of each token.
-        back_slot: (G,) the slot of each of the first G, through which the backward pass goes, among those of `Bucket.back`.
-        shared: (P,) the tokens which stand in front of every line, besides slots of their own; any where there are fewer.
+        out: (T H,) of the heads of each token; d_queries: (G H,) of the first G, which the backward pass goes through.
+        d_keys: (T K,) of the keys of each token, and of its values.
+        tree: the tokens which stand in front of every line, besides slots of their own.
+        n_through: G.
     """
 
-    token: torch.Tensor
-    slot: torch.Tensor
-    back_slot: torch.Tensor
-    shared: torch.Tensor
+    out: torch.Tensor
+    d_queries: torch.Tensor
+    d_keys: torch.Tensor
+    tree: range
+    n_through: int
     buckets: Sequence[Bucket]
 
 
@@ -208,28 +210,23 @@ class Attend(torch.autograd.Function):
         Args:
             cos, sin: (T, 1, d / 2), of the angles by which the pairs (i, i + d / 2) of queries and keys are turned.
         """
-        d, n_qk = qkv.shape[2], qkv.shape[1] - n_kv
-        n_head = n_qk - n_kv
-        turned = torch.empty_like(qkv)
-        _rotate(qkv[:, :n_qk], cos, sin, turned[:, :n_qk])
-        turned[:, n_qk:] = qkv[:, n_qk:]
-        shared, slots = (turned.index_select(0, tokens) for tokens in (lines.shared, lines.token))
-        out = qkv.new_empty(len(slots), n_head, d)
-        kept: list[torch.Tensor] = []
+        n_qk, d = qkv.shape[1] - n_kv, qkv.shape[2]
+        turned = qkv.new_empty(len(qkv), n_qk, d)
+        _rotate(qkv[:, :n_qk], cos, sin, turned)
+        turned_heads, heads = turned.view(-1, d), qkv.view(-1, d)
+        mixed, kept = [], []
         for bucket in lines.buckets:
-            parts = slots[:, :n_head], slots[:, n_head:n_qk], slots[:, n_qk:]
-            q, k, v = (_by_head(part, bucket.slots, n_kv) for part in parts)
-            if len(shared):
-                k, v = _behind(shared[:, n_head:n_qk], k), _behind(shared[:, n_qk:], v)
             bias = bucket.near if is_near and bucket.near is not None else bucket.bias
+            q, k = (turned_heads.index_select(0, at).view(len(bias), -1, d) for at in (bucket.queries, bucket.keys))
+            v = heads.index_select(0, bucket.values).view(len(bias), -1, d)
             share = torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), -1)
-            _to_slots(torch.bmm(share, v), bucket.slots, out)
-            if bucket.queries is not None:
-                q, share = (_some(rows, bucket.queries) for rows in (q, share))
+            mixed.append(torch.bmm(share, v).view(-1, d))
+            if bucket.back is not None:
+                q, share = (_some(rows, bucket.back) for rows in (q, share))
             kept += [q, k, v, share]
         ctx.save_for_backward(cos, sin, *kept)
         ctx.lines, ctx.n_kv, ctx.scale = lines, n_kv, scale
-        return out.index_select(0, lines.slot).view(len(qkv), n_head * d)
+        return _joined(mixed).index_select(0, lines.out).view(len(qkv), -1)
 
     @staticmethod
     @once_differentiable
@@ -237,35 +234,29 @@ class Attend(torch.autograd.Function):
         """Return the gradient of qkv: of the first G queries, and of all keys and values."""
         cos, sin, *kept = ctx.saved_tensors
         lines, n_kv, d = ctx.lines, ctx.n_kv, kept[0].shape[-1]
-        n_through, n_shared = len(lines.back_slot), len(lines.shared)
-        dy = dy.view(len(dy), -1, d)
-        n_head, n_qk = dy.shape[1], dy.shape[1] + n_kv
-        n_back = sum(bucket.back.n_lines * bucket.back.width for bucket in lines.buckets)
-        d_out = dy.new_zeros(n_back, n_head, d).index_copy_(0, lines.back_slot, dy[:n_through])  # nothing from empty slots
-        dq, dkv = torch.empty_like(d_out), dy.new_zeros(len(lines.token), 2 * n_kv, d)
-        d_shared = dy.new_zeros(n_shared, 2 * n_kv, d)
-        for i, bucket in enumerate(lines.buckets):
-            if not bucket.back.width:
-                continue
-            q, k, v, share = kept[4 * i : 4 * i + 4]
-            d_mixed = _by_head(d_out, bucket.back, n_kv)
+        n, n_through, n_tree = len(dy), lines.n_through, len(lines.tree)
+        d_out = F.pad(dy[:n_through].view(-1, d), (0, 0, 0, 1))
+        parts: tuple[list[torch.Tensor], ...] = [], [], []  # of queries, keys and values
+        of_tree: tuple[list[torch.Tensor], ...] = [], []
+        for bucket, (q, k, v, share) in zip(lines.buckets, zip(*[iter(kept)] * 4, strict=True), strict=True):
+            d_mixed = d_out.index_select(0, bucket.from_out).view(len(k), -1, d)
             d_share = torch.bmm(d_mixed, v.transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_share, share, -1, share.dtype).mul_(ctx.scale)
             dk, dv = torch.bmm(d_scores.transpose(1, 2), q), torch.bmm(share.transpose(1, 2), d_mixed)
-            if n_shared:
-                d_shared[:, :n_kv] += _of_shared(dk, n_shared, n_kv)
-                d_shared[:, n_kv:] += _of_shared(dv, n_shared, n_kv)
-                dk, dv = dk[:, n_shared:], dv[:, n_shared:]
-            _to_slots(torch.bmm(d_scores, k), bucket.back, dq)
-            _to_slots(dk, bucket.slots, dkv[:, :n_kv])
-            _to_slots(dv, bucket.slots, dkv[:, n_kv:])
-        turned = dkv.index_select(0, lines.slot)
-        turned.index_add_(0, lines.shared, d_shared)
-        out = dy.new_zeros(len(dy), n_qk + n_kv, d)
-        queries = dq.index_select(0, lines.back_slot)
-        _rotate(queries, cos[:n_through], -sin[:n_through], out[:n_through, :n_head])
-        _rotate(turned[:, :n_kv], cos, -sin, out[:, n_head:n_qk])
-        out[:, n_qk:] = turned[:, n_kv:]
+            for found, gradient in zip(parts, (torch.bmm(d_scores, k), dk, dv), strict=True):
+                found.append(gradient.view(-1, d))
+            for found, gradient in zip(of_tree, (dk, dv), strict=True):
+                found.append(gradient[:, :n_tree].reshape(len(gradient) // n_kv, n_kv, n_tree, d).sum(0).transpose(0, 1))
+        dq = _joined(parts[0]).index_select(0, lines.d_queries).view(n_through, -1, d)
+        dk, dv = (_joined(part).index_select(0, lines.d_keys).view(n, n_kv, d) for part in parts[1:])
+        for gradient, found in zip((dk, dv), of_tree, strict=True):
+            for of_bucket in found:  # what all lines send back to what they share
+                gradient[lines.tree.start : lines.tree.stop] += of_bucket
+        n_head = dq.shape[1]
+        out = dy.new_zeros(n, n_head + 2 * n_kv, d)
+        _rotate(dq, cos[:n_through], -sin[:n_through], out[:n_through, :n_head])
+        _rotate(dk, cos, -sin, out[:, n_head : n_head + n_kv])
+        out[:, n_head + n_kv :] = dv
         return out, None, None, None, None, None, None
 
 
@@ -277,31 +268,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
     y2.addcmul_(x1, sin)
 
 
-def _by_head(slots: torch.Tensor, span: Span, n_kv: int) -> torch.Tensor:
-    """Return a span of (N, heads, d) as (S K, heads / K n, d)."""
-    part = slots[span.first : span.first + span.n_lines * span.width]
-    by_line = part.view(span.n_lines, span.width, *part.shape[1:]).transpose(1, 2)
-    return by_line.reshape(span.n_lines * n_kv, -1, part.shape[2])
-
-
-def _to_slots(by_head: torch.Tensor, span: Span, slots: torch.Tensor) -> None:
-    """Put (S K, heads / K n, d) into a span of (N, heads, d)."""
-    n, width, (_, heads, d) = span.n_lines, span.width, slots.shape
-    part = slots[span.first : span.first + n * width].view(n, width, heads, d)
-    part.copy_(by_head.reshape(n, heads, width, d).transpose(1, 2))
-
-
-def _some(by_head: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+def _some(by_head: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """Return some rows of (S K, H / K n, ...), as many of each S K."""
-    return by_head.flatten(0, 1).index_select(0, queries).view(len(by_head), -1, by_head.shape[2])
+    return by_head.flatten(0, 1).index_select(0, which).view(len(by_head), -1, by_head.shape[2])
 
 
-def _behind(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Return what is shared (P, K, d) in front of each line's keys or values (S K, n, d)."""
-    n_lines = len(own) // shared.shape[1]
-    return torch.cat([shared.transpose(0, 1).repeat(n_lines, 1, 1), own], 1)
-
-
-def _of_shared(dk: torch.Tensor, n_shared: int, n_kv: int) -> torch.Tensor:
-    """Return what all lines send back to what they share, (P, K, d), from (S K, P + n, d)."""
-    return dk[:, :n_shared].reshape(-1, n_kv, n_shared, dk.shape[2]).sum(0).transpose(0, 1)
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -24,7 +24,7 @@ import torch
 
 from ..data import common_length
 from .decoder import Decoder, Sequenced
-from .ops import Bucket, Lines, Span
+from .ops import Bucket, Lines
 
 MULTIPLE = 16  # of tokens in a sequence, of those in front, of those in a tree, and of slots in a line
 SHORT = 64  # rows up to this length share lines
@@ -154,39 +154,64 @@ def _lines(
         positions: (T,) of tokens in their rows; tree_at: where the tree stands in the sequence.
         sees: (T, P) what of the tree each token sees; n_through: so many tokens does the backward pass go through.
     """
+    device, n_head, n_kv = decoder.place.device, decoder.shape.n_head, decoder.shape.n_kv
     shared = torch.tensor([*tree_at, *[0] * (sees.shape[1] - len(tree_at))], dtype=torch.long)
-    buckets, first, first_back = [], 0, 0
-    slot, back_slot = torch.empty(len(positions), dtype=torch.long), torch.empty(n_through, dtype=torch.long)
-    tokens = []
+    head, kv = torch.arange(n_head), torch.arange(n_kv)
+    out, d_keys = (torch.empty(len(positions), heads, dtype=torch.long) for heads in (n_head, n_kv))
+    d_queries = torch.empty(n_through, n_head, dtype=torch.long)
+    buckets, n_out, n_d_queries, n_d_keys = [], 0, 0, 0  # rows of the buckets so far
     for width, held in _in_lines(pieces):
-        token = torch.full((len(held), width), -1)
-        owner = torch.full((len(held), width), _EMPTY)
-        for line, in_line in enumerate(held):
-            at = 0
-            for row, of_row in in_line:
-                token[line, at : at + len(of_row)] = torch.tensor(of_row)
-                owner[line, at : at + len(of_row)] = row
-                at += len(of_row)
-        is_back = (token >= 0) & (token < n_through)
+        token, owner = _side_by_side(width, held)
+        is_taken = token >= 0
+        is_back = is_taken & (token < n_through)
         back = _back(is_back)
-        slot[token[token >= 0]] = first + torch.nonzero(token.flatten() >= 0)[:, 0]
-        taken = is_back.gather(1, back)
-        back_slot[token.gather(1, back)[taken]] = first_back + torch.nonzero(taken.flatten())[:, 0]
-        bias, near = _biases(decoder, owner, sees[token] & (token >= 0)[..., None], positions[token], positions[shared])
-        is_whole = back.shape[1] == width
-        by_head = torch.arange(len(held) * decoder.shape.n_head).view(len(held), -1, 1) * width + back[:, None]
-        queries = None if is_whole else by_head.flatten().to(decoder.place.device)
-        buckets.append(Bucket(Span(first, len(held), width), Span(first_back, len(held), back.shape[1]), queries, bias, near))
-        tokens.append(token.flatten())
-        first, first_back = first + token.numel(), first_back + back.numel()
-    device = decoder.place.device
-    return Lines(torch.cat(tokens).clamp_(0).to(device), slot.to(device), back_slot.to(device), shared.to(device), buckets)
+        n_back, n_keys = back.shape[1], len(shared) + width
+
+        line, slot = torch.nonzero(is_taken, as_tuple=True)
+        here = token[line, slot]
+        out[here] = n_out + _row(line, head, slot, width)
+        d_keys[here] = n_d_keys + _row(line, kv, len(shared) + slot, n_keys)
+        line, slot = torch.nonzero(is_back.gather(1, back), as_tuple=True)
+        here = token.gather(1, back)[line, slot]
+        d_queries[here] = n_d_queries + _row(line, head, slot, n_back)
+        from_out = torch.full((len(held), n_head, n_back), n_through * n_head)
+        from_out[line, :, slot] = here[:, None] * n_head + head
+
+        asks = token.clamp(0)[:, None]
+        offers = torch.cat([shared.expand(len(held), 1, -1), asks], 2)
+        queries, keys = asks * (n_head + n_kv) + head[:, None], offers * (n_head + n_kv) + n_head + kv[:, None]
+        values = offers * (n_head + 2 * n_kv) + n_head + n_kv + kv[:, None]
+        of_back = torch.arange(len(held) * n_head).view(-1, n_head, 1) * width + back[:, None]
+        queries, keys, values, of_back, from_out = (i.flatten().to(device) for i in (queries, keys, values, of_back, from_out))
+        biases = _biases(decoder, owner, sees[token] & is_taken[..., None], positions[token], positions[shared])
+        buckets.append(Bucket(queries, keys, values, None if n_back == width else of_back, from_out, *biases))
+        n_out, n_d_queries = n_out + n_head * token.numel(), n_d_queries + n_head * back.numel()
+        n_d_keys += n_kv * n_keys * len(held)
+    out, d_queries, d_keys = (index.flatten().to(device) for index in (out, d_queries, d_keys))
+    return Lines(out, d_queries, d_keys, tree_at, n_through, buckets)
+
+
+def _side_by_side(width: int, lines: Sequence[Sequence[Piece]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which token of the sequence each slot of lines (S, n) has, -1 where none, and of which row it is."""
+    token, owner = torch.full((len(lines), width), -1), torch.full((len(lines), width), _EMPTY)
+    for line, pieces in enumerate(lines):
+        at = 0
+        for row, tokens in pieces:
+            token[line, at : at + len(tokens)] = torch.tensor(tokens)
+            owner[line, at : at + len(tokens)] = row
+            at += len(tokens)
+    return token, owner
+
+
+def _row(line: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, width: int) -> torch.Tensor:
+    """Return where slots (N,) of lines (N,) stand for each head, (N, heads), among the rows of (S, heads, width)."""
+    return (line[:, None] * len(head) + head) * width + slot[:, None]
 
 
 def _back(is_back: torch.Tensor) -> torch.Tensor:
     """Return for each line (S, n) the slots that the backward pass goes through, (S, m), and some more to a multiple."""
     width = is_back.shape[1]
-    n_back = -(-int(is_back.sum(1).max()) // MULTIPLE) * MULTIPLE
+    n_back = max(1, -(-int(is_back.sum(1).max()) // MULTIPLE)) * MULTIPLE
     if n_back >= width:
         return torch.arange(width).expand(len(is_back), -1)
     return torch.argsort(~is_back, dim=1, stable=True)[:, :n_back]
