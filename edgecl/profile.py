@@ -112,7 +112,7 @@ class TrainSettings:
         depth: share of the layers that are trained, counted from the head; less is faster, learns a little less of the night
             and forgets more of earlier ones (the README has the figures).
         exact: whether gradients go back through every token, or, in two thirds of the time, through those alone at which
-            something is predicted (see `train.packing`); a night then learns a little less, and forgets less of earlier ones.
+            something is predicted (see `train.packing`).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
         learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).

@@ -238,7 +238,8 @@ class Attend(torch.autograd.Function):
         d_out = F.pad(dy[:n_through].view(-1, d), (0, 0, 0, 1))
         parts: tuple[list[torch.Tensor], ...] = [], [], []  # of queries, keys and values
         of_tree: tuple[list[torch.Tensor], ...] = [], []
-        for bucket, (q, k, v, share) in zip(lines.buckets, zip(*[iter(kept)] * 4, strict=True), strict=True):
+        for i, bucket in enumerate(lines.buckets):
+            q, k, v, share = kept[4 * i : 4 * i + 4]
             d_mixed = d_out.index_select(0, bucket.from_out).view(len(k), -1, d)
             d_share = torch.bmm(d_mixed, v.transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_share, share, -1, share.dtype).mul_(ctx.scale)
