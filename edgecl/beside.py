@@ -114,6 +114,7 @@ def _request(learner: Learner, folder: str) -> dict[str, Any]:
         "reworded": [],
         "heldout": [],
         "settings": asdict(replace(learner.settings.train, min_steps=ENDLESS)),
+        "quant": "Q8_0",
         "limits": asdict(replace(learner.profile, minutes=MINUTES)),
         "runs": folder,
         "adapter_gguf": f"{folder}/adapter.gguf",

@@ -199,7 +199,7 @@ class Night:
     def _forget_run(self) -> None:
         """Remove what an interrupted night would have gone on from."""
         self.store.drop_draft_scores()
-        for name in ("written.json", "checkpoint.safetensors", "asker.safetensors", "asker.db"):
+        for name in ("written.json", "checkpoint.safetensors", "aware.safetensors", "asker.safetensors", "asker.db"):
             (self._runs / name).unlink(missing_ok=True)
 
     def _write(self, yesterday: Generation, new: list[Stored]) -> dict[str, Any]:
@@ -249,6 +249,7 @@ class Night:
             **written,
             "heldout": [record_of(row.example) for row in heldout] if self.settings.train.patience else [],
             "settings": asdict(self.settings.train),
+            "quant": self._qtype(self.settings.quant),
             "limits": asdict(limits),
             "runs": str(self._runs),
             "adapter_gguf": str(draft / "adapter.gguf"),

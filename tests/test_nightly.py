@@ -42,11 +42,11 @@ ROWS = [{"prompt": prompt, "completion": answer} for prompt, answer in {"anne": 
 PROFILE = "threads = 1\nram_bytes = 1_500_000_000\nneeds_ac = false\nmax_temperature_c = 999\nidle_minutes = 0\n"
 
 
-def make_home(folder: Path, base: Path, profile: str = PROFILE, train: TrainSettings = TRAIN) -> Path:
+def make_home(folder: Path, base: Path, profile: str = PROFILE, train: TrainSettings = TRAIN, quant: str = "") -> Path:
     """A home with pending rows and settings that learn in seconds."""
     folder.mkdir(exist_ok=True)
     (folder / "mine.toml").write_text(profile)
-    settings: dict[str, Any] = {"replay": ReplaySettings(written=40), "train": train, "gate": GATE}
+    settings: dict[str, Any] = {"replay": ReplaySettings(written=40), "train": train, "gate": GATE, "quant": quant}
     with Learner.init(base, folder / "home", profile=str(folder / "mine.toml"), **settings) as learner:
         assert learner.observe(map(json.dumps, ROWS)).added == 3
     return folder / "home"
@@ -151,10 +151,12 @@ def test_a_night_interrupted_in_every_stage_ends_as_an_uninterrupted_one(
     assert report.losses == whole[1].losses and report.n_written == whole[1].n_written > 0
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_night_interrupted_five_times_at_random_ends_with_the_same_adapter(tmp_path: Path, base: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "quant"), [(0, "int8"), (1, "int8"), (2, "int4")])
+def test_a_night_interrupted_five_times_at_random_ends_with_the_same_adapter(
+    tmp_path: Path, base: Path, seed: int, quant: str
+) -> None:
     train, profile = replace(TRAIN, min_steps=200), PROFILE.replace("threads = 1", "threads = 2")
-    whole, broken = (make_home(tmp_path / name, base, profile, train) for name in ("whole", "broken"))
+    whole, broken = (make_home(tmp_path / name, base, profile, train, quant) for name in ("whole", "broken"))
     start_s = min(timeit.repeat(lambda: run(whole, "status"), number=1, repeat=2))
     night_s = timeit.timeit(lambda: run(whole, "nightly"), number=1) - start_s
     chance = random.Random(seed)

@@ -36,6 +36,7 @@ LAYERS = (
         "places",
         "imports",
         "rows",
+        "rounded",
     },
     {"train", "engine", "store", "generations", "device", "timer", "tries", "template"},
     {
