@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgecl.profile import Profile, TrainSettings
-from edgecl.rounded import aware, is_coarse, rounded_base
+from edgecl.rounded import is_coarse, parts_of, rounded_base
 from edgecl.train import Night, TrainRow, train
 from edgecl_convert import Adapter, GgufFile, merge
 from tests.test_train import answer_loss, facts
@@ -67,14 +67,18 @@ def test_a_rounded_base_is_gone_after_an_error_too(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
-def test_a_small_night_has_a_quarter_of_its_steps_on_rounded_weights_and_any_night_has_one() -> None:
-    settings = TrainSettings(epochs=4, min_steps=40, learning_rate=1e-3, patience=2)
-    told = aware(settings)
-    assert (told.epochs, told.min_steps, told.patience) == (1, 10, 0) and told.learning_rate == pytest.approx(3e-4)
-    assert aware(replace(settings, epochs=1, min_steps=0)).min_steps == 1
+def test_a_quarter_of_a_nights_steps_is_made_on_rounded_weights_and_at_least_one() -> None:
+    first, last = parts_of(TrainSettings(epochs=4, min_steps=40, learning_rate=1e-3, patience=2))
+    assert (first.epochs, first.min_steps, first.patience, first.learning_rate) == (3, 30, 2, 1e-3)
+    assert (last.epochs, last.min_steps, last.patience) == (1, 10, 0) and last.learning_rate == pytest.approx(3e-4)
+    first, last = parts_of(TrainSettings(epochs=1, min_steps=0))
+    assert (first.epochs, last.epochs, last.min_steps) == (1, 0, 1)
 
 
-def test_after_steps_on_rounded_weights_the_merged_file_knows_more_of_its_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("qtype", "quant", "share"), [(Q.Q4_0, "keep", 0.5), (Q.F32, "Q4_0", 0.9)])
+def test_after_steps_on_rounded_weights_the_merged_file_knows_more_of_its_rows(
+    tmp_path: Path, qtype: Q, quant: str, share: float
+) -> None:
     """Of what the merge at four bits had cost these rows, most comes back; as many steps on the base do not bring it."""
     rows: list[TrainRow] = facts(12, 1)
     settings = TrainSettings(r=8, epochs=40, min_steps=1, anchor_weight=0.0, learning_rate=5e-3)
@@ -82,15 +86,15 @@ def test_after_steps_on_rounded_weights_the_merged_file_knows_more_of_its_rows(t
     limits = Profile(threads=1)
 
     def served(adapter: Adapter) -> float:
-        merge(base, adapter, tmp_path / "merged.gguf", "keep")
+        merge(base, adapter, tmp_path / "merged.gguf", quant)
         with GgufFile(tmp_path / "merged.gguf") as merged:
             return answer_loss(merged, None, rows)
 
-    with GgufFile(build(tmp_path / "tiny.gguf", qtype=Q.Q4_0, width=128)[0]) as base:
+    with GgufFile(build(tmp_path / "tiny.gguf", qtype=qtype, width=128)[0]) as base:
         adapter, _ = train(base, rows, [], settings, limits, Night())
-        with rounded_base(base, adapter, "keep", tmp_path) as rounded:
+        with rounded_base(base, adapter, quant, tmp_path) as rounded:
             taught, _ = train(rounded, rows, [], last, limits, Night(start=adapter))
         longer, _ = train(base, rows, [], last, limits, Night(start=adapter))
         cost = served(adapter) - answer_loss(base, adapter, rows)
         assert served(adapter) - served(taught) > 0.5 * cost
-        assert served(taught) < 0.5 * served(longer)
+        assert served(taught) < share * served(longer)

@@ -78,6 +78,14 @@ class TrainReport:
     losses: list[float] = field(default_factory=list)
     heldout: dict[int, float] = field(default_factory=dict)
 
+    def go_on(self, last: TrainReport) -> None:
+        """Add what a second run did that went on with the same rows."""
+        self.steps, self.tokens, self.train_s = self.steps + last.steps, self.tokens + last.tokens, self.train_s + last.train_s
+        self.tokens_per_s = self.tokens / max(self.train_s, 1e-9)
+        self.losses += last.losses
+        self.stopped_early |= last.stopped_early
+        self.unmet = [i for i in self.unmet if i in last.unmet]
+
 
 @dataclass
 class Night:
@@ -189,11 +197,8 @@ class _Run:
             self._go_on_from(*found)
         report = self.report
         report.dtype = str(self.place.dtype).removeprefix("torch.")
-        report.plan, report.predicted_s, report.predicted_rss_bytes = (
-            str(self.plan),
-            self.plan.seconds,
-            self.plan.peak_rss_bytes,
-        )
+        report.plan, report.predicted_s = str(self.plan), self.plan.seconds
+        report.predicted_rss_bytes = self.plan.peak_rss_bytes
         report.load_s = time.perf_counter() - began
 
     def _usable(self, kind: str, rows: Sequence[TrainRow]) -> list[TrainRow]:
