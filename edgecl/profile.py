@@ -126,7 +126,7 @@ class TrainSettings:
     lora_alpha: float = 16.0
     depth: float = 1.0
     exact: bool = False
-    epochs: int = 4
+    epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8
     replay_rows: int = 20

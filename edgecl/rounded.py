@@ -2,7 +2,7 @@
 
 A merge at 4 bits rounds base + adapter, and what rounding changes is noise to the model. But the next merge of nearly the
 same adapter makes nearly the same noise: a weight's dither is fixed, and its code moves only where the update does
-(`edgecl_convert.grid`). So a night's last steps are made on the base with that noise in it, and what they end with is merged.
+(`edgecl_convert.grid`). So the adapter is trained for some steps more on the base with that noise in it, and merged again.
 As in quantization-aware training (Jacob et al. 2018), but the weights are rounded once, not in every step.
 """
 
@@ -21,7 +21,7 @@ from edgecl_convert.recipe import ADAPTIVE, Recipe
 from .profile import TrainSettings
 
 COARSE = 6  # bits a weight: below, rounding costs more than a night can afford
-SHARE = 0.25  # of a night's steps are the last, on rounded weights
+SHARE = 1 / 3  # of a night's steps more, on rounded weights
 RATE = 0.3  # of the learning rate
 
 
@@ -54,9 +54,7 @@ def rounded_base(base: GgufFile, adapter: Adapter, quant: str, folder: Path) -> 
             path.unlink(missing_ok=True)
 
 
-def parts_of(settings: TrainSettings) -> tuple[TrainSettings, TrainSettings]:
-    """Return what a night's first steps are told, and its last ones, on rounded weights."""
-    epochs, min_steps = round(SHARE * settings.epochs), round(SHARE * settings.min_steps)
-    first = replace(settings, epochs=settings.epochs - epochs, min_steps=settings.min_steps - min_steps)
-    rate = RATE * settings.learning_rate
-    return first, replace(settings, epochs=epochs, min_steps=max(1, min_steps), learning_rate=rate, patience=0)
+def aware(settings: TrainSettings) -> TrainSettings:
+    """Return what the steps on rounded weights are told."""
+    epochs, min_steps = round(SHARE * settings.epochs), max(1, round(SHARE * settings.min_steps))
+    return replace(settings, epochs=epochs, min_steps=min_steps, learning_rate=RATE * settings.learning_rate, patience=0)

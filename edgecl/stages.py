@@ -33,7 +33,7 @@ from edgecl_convert import (
 from .data import Example, is_correct
 from .errors import EdgeclError
 from .profile import Profile, TrainSettings
-from .rounded import SHARE, is_coarse, parts_of, rounded_base
+from .rounded import SHARE, aware, is_coarse, rounded_base
 from .sandbox import code_in, passes
 from .template import ChatFormat, chat_format
 
@@ -138,7 +138,7 @@ def question_of(example: Example) -> str:
 def train_stage(request: Request, report: Report) -> Request:
     """Train tonight's adapter, which answers, and write it as GGUF and as a PEFT folder; then the one that asks, as GGUF.
 
-    Where few bits are served, the last steps of the one that answers are made on weights that are rounded as they will be.
+    Where few bits are served, the one that answers is trained on for some steps on weights that are rounded as they will be.
     """
     from .engine import VocabFile
     from .train import LatentStore, Night
@@ -166,16 +166,14 @@ def train_stage(request: Request, report: Report) -> Request:
 
         with LatentStore(runs / "latents.db", request["base_sha256"]) as store:
             night.store, night.checkpoint = store, runs / "checkpoint.safetensors"
-            first, last = parts_of(settings) if is_coarse(gguf, request["quant"]) else (settings, None)
-            answering = limits.minutes - minutes
-            share = SHARE if last else 0.0
-            adapter, result = _trained(gguf, new, replay, first, replace(limits, minutes=(1 - share) * answering), night, say)
-            if last:
+            coarse = is_coarse(gguf, request["quant"])
+            answering = replace(limits, minutes=(limits.minutes - minutes) / (1 + SHARE * coarse))
+            adapter, result = _trained(gguf, new, replay, settings, answering, night, say)
+            if coarse:
+                last = replace(answering, minutes=SHARE * answering.minutes)
                 with rounded_base(gguf, adapter, request["quant"], runs) as rounded:
                     night.start, night.checkpoint = adapter, runs / "rounded.safetensors"
-                    adapter, facts = _trained(
-                        rounded, new, replay, last, replace(limits, minutes=share * answering), night, say
-                    )
+                    adapter, facts = _trained(rounded, new, replay, aware(settings), last, night, say)
                 result.go_on(facts)
         adapter.base_sha256 = request["base_sha256"]
         write_gguf_adapter(request["adapter_gguf"], adapter)

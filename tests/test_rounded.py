@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgecl.profile import Profile, TrainSettings
-from edgecl.rounded import is_coarse, parts_of, rounded_base
+from edgecl.rounded import aware, is_coarse, rounded_base
 from edgecl.train import Night, TrainRow, train
 from edgecl_convert import Adapter, GgufFile, merge
 from tests.test_train import answer_loss, facts
@@ -67,12 +67,10 @@ def test_a_rounded_base_is_gone_after_an_error_too(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
-def test_a_quarter_of_a_nights_steps_is_made_on_rounded_weights_and_at_least_one() -> None:
-    first, last = parts_of(TrainSettings(epochs=4, min_steps=40, learning_rate=1e-3, patience=2))
-    assert (first.epochs, first.min_steps, first.patience, first.learning_rate) == (3, 30, 2, 1e-3)
-    assert (last.epochs, last.min_steps, last.patience) == (1, 10, 0) and last.learning_rate == pytest.approx(3e-4)
-    first, last = parts_of(TrainSettings(epochs=1, min_steps=0))
-    assert (first.epochs, last.epochs, last.min_steps) == (1, 0, 1)
+def test_a_third_of_a_nights_steps_more_is_made_on_rounded_weights_and_at_least_one() -> None:
+    told = aware(TrainSettings(epochs=3, min_steps=60, learning_rate=1e-3, patience=2))
+    assert (told.epochs, told.min_steps, told.patience) == (1, 20, 0) and told.learning_rate == pytest.approx(3e-4)
+    assert aware(TrainSettings(epochs=1, min_steps=0)).min_steps == 1
 
 
 @pytest.mark.parametrize(("qtype", "quant", "share"), [(Q.Q4_0, "keep", 0.5), (Q.F32, "Q4_0", 0.9)])
