@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 TORCH := 2.13.0
 LOG := $(VENV)/llama-build.log
 
-.PHONY: demo test faults check venv clean
+.PHONY: demo test faults check venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -50,12 +50,17 @@ $(VENV)/.torch: | $(PY)
 	fi
 	@touch $@
 
-$(VENV)/.llama: constraints.txt $(VENV)/.torch
+# Other CMAKE_ARGS compile llama.cpp anew, not from pip's cache, which does not know them; none leave it as it is.
+$(VENV)/.cmake-args: FORCE | $(PY)
+	@if [ ! -f $@ ] || { [ -n "$(CMAKE_ARGS)" ] && [ "$(CMAKE_ARGS)" != "$$(cat $@)" ]; }; then printf %s "$(CMAKE_ARGS)" >$@; fi
+
+$(VENV)/.llama: constraints.txt $(VENV)/.torch $(VENV)/.cmake-args
 	@command -v $(CXX) >/dev/null || { echo "A C++ compiler is missing: apt-get install g++"; exit 1; }
 	@echo "compiling llama.cpp: about 6 minutes the first time; later installs take it from pip's cache"
 	@( s=0; while sleep 30 >/dev/null 2>&1; do s=$$((s + 30)); echo "  still compiling after $$s s"; done ) & ticker=$$!; \
 	trap 'kill $$ticker 2>/dev/null' EXIT INT TERM; \
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(PY) -m pip install -v -c constraints.txt llama-cpp-python >$(LOG) 2>&1 || \
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(PY) -m pip install -v -c constraints.txt \
+		$(if $(CMAKE_ARGS),--no-cache-dir --force-reinstall) llama-cpp-python >$(LOG) 2>&1 || \
 		{ tail -n 25 $(LOG); echo "llama.cpp did not compile; the whole output is in $(LOG)"; exit 1; }
 	@touch $@
 

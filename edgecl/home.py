@@ -17,6 +17,7 @@ from .generations import Generations, Manifest, now, sha256_file
 from .lock import night_lock
 from .places import default_home, find_model
 from .profile import PRECISIONS, Profile, Settings, load_profile, profile_name, served_at
+from .tries import clear_try
 
 NEW_BASE = ".base-new.gguf"  # until it is known that it can be used
 
@@ -64,6 +65,9 @@ def make_home(
             if exists:  # until here it can be used as before
                 for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
                     (place / old).unlink(missing_ok=True)
+                clear_try(place)
+                for model in {*place.resolve().glob("base-*.gguf")} - {base, path.resolve()}:
+                    model.unlink()
                 for folder in ("generations", "runs"):
                     shutil.rmtree(place / folder, ignore_errors=True)
             if written:

@@ -172,7 +172,7 @@ def train_stage(request: Request, report: Report) -> Request:
             if coarse:
                 last = replace(answering, minutes=SHARE * answering.minutes)
                 with rounded_base(gguf, adapter, request["quant"], runs) as rounded:
-                    night.start, night.checkpoint = adapter, runs / "rounded.safetensors"
+                    night.start, night.checkpoint, night.is_rounded = adapter, runs / "rounded.safetensors", True
                     adapter, facts = _trained(rounded, new, replay, aware(settings), last, night, say)
                 result.go_on(facts)
         adapter.base_sha256 = request["base_sha256"]
@@ -285,10 +285,11 @@ def verify_stage(request: Request, report: Report) -> Request:
 
 
 def bench_stage(request: Request, report: Report) -> Request:
-    """Time a model in llama.cpp."""
-    from .engine import Engine, latency
+    """Time a model in llama.cpp, in a context that has room for what is timed."""
+    from .engine import N_PROMPT, Engine, latency
 
-    with Engine(request["model"], request["adapter"], **request["engine"]) as engine:
+    options = request["engine"] | {"n_ctx": max(request["engine"]["n_ctx"], N_PROMPT)}
+    with Engine(request["model"], request["adapter"], **options) as engine:
         return dict(latency(engine, request["repeats"]))
 
 

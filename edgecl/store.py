@@ -104,7 +104,7 @@ class Store:
     ) -> Added:
         """Store examples as pending, all or none, and set part of each task aside for measuring, where many come at once.
 
-        What comes one by one, as corrections do, is all for learning: a row that was held out becomes pending then.
+        What comes one by one is all for learning: a held-out row becomes pending then, an archived one always.
 
         Args:
             replace: whether an answer replaces an older one to the same prompt; else it counts as a duplicate.
@@ -127,7 +127,7 @@ class Store:
             gone = undone() if known and replace else set()
             for row_id, (row, task) in known.items() if replace else ():
                 is_single = row["role"] == "heldout" and not heldout_quota(given[task], heldout_share)
-                if is_single or row["generation"] in gone:
+                if is_single or row["role"] == "archive" or row["generation"] in gone:
                     again = "update examples set role = 'pending', generation = null where id = ?"
                     n = self._db.execute(again, [row_id]).rowcount
                     report.added, report.duplicates = report.added + n, report.duplicates - n

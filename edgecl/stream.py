@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ class Stream:
         train, test = ([row for task in self.tasks for row in rows[task]] for rows in (self.train, self.test))
         return Stream(("all",), {"all": train}, {"all": test})
 
+    def digest(self, model: str, gate: str) -> str:
+        """Return a digest of the rows in their order, and of what learns them under which gate."""
+        hashes = [[task, *(row.hash for row in rows[task])] for rows in (self.train, self.test) for task in self.tasks]
+        return sha256(json.dumps([hashes, model, gate]).encode()).hexdigest()[:16]
+
 
 def _order(folder: Path) -> list[str]:
     path = folder / "order.json"
@@ -149,6 +155,7 @@ def run_stream(
         compare: further quants to merge and measure for `survival` after each night, but not in a cell without rehearsal.
 
     Raises:
+        DataError: a kept result is of other rows, of another model or gate.
         EdgeclError: a night failed.
     """
     with tempfile.TemporaryDirectory(prefix="edgecl-stream-") as temporary:
@@ -156,13 +163,18 @@ def run_stream(
         firsts = [next((c for c in cells if replace(c, replay=0.0, written=0) == cell), cell) for cell in cells]
         for cell, first in zip(cells, firsts, strict=True):
             path = root / f"{cell.name}.json"
+            rows = stream.joined() if cell.joint else stream
             if not path.is_file():
                 root.mkdir(parents=True, exist_ok=True)
                 settings = replace(train or TrainSettings(), seed=cell.seed)
-                rows = stream.joined() if cell.joint else stream
                 run = _Run(rows, cell, first, root, model, gate, compare, settings, progress)
                 write_atomic(path, json.dumps(run.run()) + "\n")
-            yield json.loads(path.read_text("utf-8"))
+            result = json.loads(path.read_text("utf-8"))
+            if result.get("of", of := rows.digest(model, gate)) != of:  # cells of earlier versions do not say
+                raise DataError(
+                    f"{path}: is of other rows, or of another order, model or gate; remove it, or name another --home"
+                )
+            yield result
         for first in firsts:
             shutil.rmtree(root / first.first_night, ignore_errors=True)
 
@@ -204,6 +216,7 @@ class _Run:
                 accuracy[i, j], loss[i, j] = _right(found[task]).mean(), np.mean(found[task]["loss_nats"])
         return {
             **asdict(self.cell),
+            "of": self.stream.digest(self.model, self.gate),
             "tasks": list(tasks),
             "acc": average_accuracy(accuracy),
             "bwt": backward_transfer(accuracy),
@@ -228,8 +241,8 @@ class _Run:
 
         All of its rows stay in the store: each cell keeps its own share of them.
         """
-        measured = home / "measured.json"
-        if not measured.is_file():
+        measured, of = home / "measured.json", self.stream.digest(self.model, self.gate)
+        if not measured.is_file() or json.loads(measured.read_text("utf-8")).get("of") != of:
             shutil.rmtree(home, ignore_errors=True)
             with Learner.init(
                 find_model(self.model),
@@ -244,7 +257,7 @@ class _Run:
                 base = self._rows(learner, self._merged(learner, "", self.first.quant), self.stream.tasks)
                 night, rows = self._night(learner, 0, self.compare)
             accuracy = [float(_right(base[task]).mean()) for task in self.stream.tasks]
-            write_atomic(measured, json.dumps({"base": accuracy, "night": night, "rows": rows}))
+            write_atomic(measured, json.dumps({"of": of, "base": accuracy, "night": night, "rows": rows}))
         return dict(json.loads(measured.read_text("utf-8")))
 
     def _keep(self, learner: Learner) -> int:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -136,6 +137,18 @@ def test_a_run_that_is_told_to_stop_saves_first_and_one_that_has_ended_stays_end
     for resumed_at in (1, 2):
         _, report = train(base, NEW, REPLAY, settings, ONE, night(path))
         assert (report.resumed_at, report.steps, report.stopped_early) == (resumed_at, 2, True)
+
+
+def test_a_run_that_time_has_ended_goes_on_where_it_is_given_more(base, tmp_path):
+    path, few, done = tmp_path / "checkpoint.safetensors", replace(ONE, minutes=0.02), []
+    for _ in range(2):  # the second has spent as much as it has when it begins
+        _, report = train(base, NEW, REPLAY, SETTINGS, few, night(path), lambda *_: time.sleep(0.5))
+        assert report.stopped_early and 0 < report.steps < 12
+        done.append(report.steps)
+    assert done[0] == done[1]
+    whole, _ = train(base, NEW, REPLAY, SETTINGS, ONE, Night(anchor=ANCHOR, heldout=HELDOUT))
+    resumed, report = train(base, NEW, REPLAY, SETTINGS, ONE, night(path))
+    assert (report.resumed_at, report.steps, report.stopped_early) == (done[0], 12, False) and same(resumed, whole)
 
 
 def test_a_checkpoint_of_another_night_is_not_gone_on_from(base, tmp_path):

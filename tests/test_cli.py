@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from edgecl import Learner
+from edgecl.tries import last_try, note_try
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
 from tests import tiny
 
@@ -244,7 +245,11 @@ def test_usage_errors_exit_with_2_and_an_existing_home_needs_force(home: Path, b
     code, _, error = run(home, "init", base)
     assert code == 1 and one_line(error, "--force")
     run(home, "observe", "-", stdin=lines(3))
-    assert run(home, "init", base, "--force")[0] == 0 and pending(home) == 0
+    old, kept = home / "base-F16.gguf", Path(shutil.copy(base, home / "base-Q8_0.gguf"))
+    old.touch()
+    note_try(home, "2026-01-01", "on battery", {})
+    assert run(home, "init", kept, "--force")[0] == 0 and pending(home) == 0
+    assert kept.is_file() and not old.exists() and last_try(home) is None, "what was of the old home is gone"
     code, _, error = run(home.parent / "nowhere", "status")
     assert code == 1 and one_line(error, "edgecl init")
 

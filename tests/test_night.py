@@ -258,6 +258,7 @@ def test_a_row_that_no_night_can_learn_is_archived_and_not_said_to_be_learned(tm
         learned = {row.id for row in learner.store.rows("replay")}
         assert len(learned) == 2 and set(learner.generations.current().manifest.learned) == learned
         assert not learner.store.rows("pending")
+        assert learner.evaluate()["latency"]["pp512"] > 0, "timed in a context that has room for it"
 
 
 def test_what_was_measured_is_kept_where_measuring_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

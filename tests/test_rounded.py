@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +13,18 @@ import pytest
 
 from edgecl.profile import Profile, TrainSettings
 from edgecl.rounded import aware, is_coarse, rounded_base
-from edgecl.train import Night, TrainRow, train
+from edgecl.train import LatentStore, Night, TrainRow, train
 from edgecl_convert import Adapter, GgufFile, merge
 from tests.test_train import answer_loss, facts
 from tests.tiny import build, random_adapter
 
 Q = gguf.GGMLQuantizationType
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def entries(path: Path) -> list[bytes]:
+    with closing(sqlite3.connect(path)) as db:
+        return [key for (key,) in db.execute("select key from latents order by key")]
 
 
 def updates(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -71,6 +78,29 @@ def test_a_third_of_a_nights_steps_more_is_made_on_rounded_weights_and_at_least_
     told = aware(TrainSettings(epochs=3, min_steps=60, learning_rate=1e-3, patience=2))
     assert (told.epochs, told.min_steps, told.patience) == (1, 20, 0) and told.learning_rate == pytest.approx(3e-4)
     assert aware(TrainSettings(epochs=1, min_steps=0)).min_steps == 1
+
+
+def test_steps_on_rounded_weights_leave_the_states_of_the_base_alone(tmp_path: Path) -> None:
+    """States below the trained layers are another matter on rounded weights: none is taken from the cache, none put there."""
+    rows: list[TrainRow] = facts(6, 1)
+    settings, limits = TrainSettings(r=4, epochs=2, min_steps=1, depth=0.5), Profile(threads=1)
+    anchor = [[1, 2, 3, 4, 5]]
+    with (
+        GgufFile(build(tmp_path / "tiny.gguf", qtype=Q.Q4_1, width=128)[0]) as base,
+        LatentStore(tmp_path / "latents.db", "b") as store,
+    ):
+        adapter, _ = train(base, rows[:3], [], settings, limits, Night(store=store, anchor=anchor))
+        kept = entries(tmp_path / "latents.db")
+        assert len(kept) > len(rows[:3])
+        with rounded_base(base, random_adapter(base, size=0.5), "keep", tmp_path) as rounded:
+            night = Night(start=adapter, store=store, anchor=anchor, is_rounded=True)
+            taught, _ = train(rounded, rows, [], settings, limits, night)
+            assert entries(tmp_path / "latents.db") == kept
+            alone, _ = train(rounded, rows, [], replace(settings, anchor_weight=0.0), limits, Night(start=adapter))
+            night.anchor = []
+            without, _ = train(rounded, rows, [], replace(settings, anchor_weight=0.0), limits, night)
+    assert all(np.array_equal(without.pairs[name][1], alone.pairs[name][1]) for name in alone.pairs)
+    assert any(not np.array_equal(taught.pairs[name][1], alone.pairs[name][1]) for name in alone.pairs), "the anchor counts"
 
 
 @pytest.mark.parametrize(("qtype", "quant", "share"), [(Q.Q4_0, "keep", 0.5), (Q.F32, "Q4_0", 0.9)])

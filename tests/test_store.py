@@ -205,6 +205,18 @@ def test_what_a_night_learned_that_was_rolled_back_is_added_again(path: Path) ->
         )
 
 
+def test_an_archived_row_that_is_given_again_is_added_again(path: Path) -> None:
+    """A model may have lost it since; or it was too long for the context of then."""
+    with Store(path) as store:
+        store.add(examples(3), 0.0)
+        learned, long, kept = store.rows("pending")
+        store.settle([learned.id, kept.id], [kept.id], 1, archive=True)
+        store.set_aside([long.id])
+        assert store.add(examples(3), 0.0, replace=False) == Added(duplicates=3)
+        assert store.add(examples(3), 0.0) == Added(added=2, duplicates=1)
+        assert [row.id for row in store.rows("pending")] == [learned.id, long.id] and not store.rows("archive")
+
+
 def test_a_store_has_a_number_of_its_own_for_good(path: Path, tmp_path: Path) -> None:
     with Store(path) as store, Store(tmp_path / "other.db") as other:
         number = store.number

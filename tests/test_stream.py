@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,27 @@ def test_a_finished_cell_is_read_back(results: tuple[list[dict[str, Any]], Path,
     assert again[0]["acc"] == 0.125
     assert first[0]["tasks"] == again[0]["tasks"]
     assert not [entry for entry in home.iterdir() if entry.is_dir()], "the cells' homes are gone"
+
+
+def test_a_finished_cell_is_not_read_back_for_other_rows_or_another_model(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream],
+) -> None:
+    _, home, base, stream = results
+    cell = Cell(quant="int4", replay=0.5, written=8)
+    path = home / f"{cell.name}.json"
+    before = path.read_bytes()
+    fewer = replace(stream, train={task: rows[1:] for task, rows in stream.train.items()})
+    reordered = replace(stream, tasks=stream.tasks[::-1])
+    for other, model, gate in ((fewer, base, "report"), (reordered, base, "report"), (stream, "other", "report")):
+        with pytest.raises(DataError, match="is of other rows") as caught:
+            list(run_stream(other, [cell], model=str(model), home=home, train=TRAIN, gate=gate))
+        assert path.name in str(caught.value) and "--home" in str(caught.value)
+    with pytest.raises(DataError, match="gate"):
+        list(run_stream(stream, [cell], model=str(base), home=home, train=TRAIN, gate="enforce"))
+    assert path.read_bytes() == before
+    path.write_text(json.dumps({key: value for key, value in json.loads(before).items() if key != "of"}))
+    assert list(run_stream(fewer, [cell], model=str(base), home=home, train=TRAIN)), "an earlier version did not say"
+    path.write_bytes(before)
 
 
 @pytest.mark.parametrize(

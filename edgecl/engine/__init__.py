@@ -1,6 +1,6 @@
 """llama.cpp: load a generation, answer, score and time it, have it write rows."""
 
-from .latency import latency
+from .latency import N_PROMPT, latency
 from .model import Vocab, VocabFile
 from .prose import likeliest_in, read_prose
 from .rewording import reword
@@ -11,6 +11,7 @@ from .writing import Written, write_rows
 __all__ = [
     "GGML_TYPE_F16",
     "GGML_TYPE_F32",
+    "N_PROMPT",
     "Engine",
     "Row",
     "RowScore",

@@ -8,8 +8,10 @@ import numpy as np
 
 from .session import Engine
 
+N_PROMPT = 512  # tokens, of pp512
 
-def latency(engine: Engine, repeats: int = 3, n_prompt: int = 512, n_decode: int = 128) -> dict[str, float]:
+
+def latency(engine: Engine, repeats: int = 3, n_prompt: int = N_PROMPT, n_decode: int = 128) -> dict[str, float]:
     """Time the model on tokens that mean nothing; medians over `repeats` after one warm-up.
 
     Returns:

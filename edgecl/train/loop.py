@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from edgecl_convert import Adapter, GgufFile
-from edgecl_convert.ggml import default_threads
 
 from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
@@ -36,7 +35,7 @@ from .plan import Plan, Typical, forget_kernels, plan_memory, plan_time
 from .rehearsal import EVENLY, RECIPE, Rehearsal
 from .schedule import learning_rate
 from .shape import read_shape
-from .weights import placement
+from .weights import placement, threads_beside_the_assistant
 
 EVERY = 4  # steps comes the anchor, and weighs as much more then
 LONGER = 1.5  # times the steps, of a small night that has its rows in other words too
@@ -79,7 +78,10 @@ class TrainReport:
     heldout: dict[int, float] = field(default_factory=dict)
 
     def go_on(self, last: TrainReport) -> None:
-        """Add what a second run did that went on with the same rows."""
+        """Add what a second run did that went on with the same rows, and what was expected of it."""
+        self.plan += f", and {last.predicted_s:.0f} s more"
+        self.predicted_s += last.predicted_s
+        self.predicted_rss_bytes = max(self.predicted_rss_bytes, last.predicted_rss_bytes)
         self.steps, self.tokens, self.train_s = self.steps + last.steps, self.tokens + last.tokens, self.train_s + last.train_s
         self.tokens_per_s = self.tokens / max(self.train_s, 1e-9)
         self.losses += last.losses
@@ -99,6 +101,7 @@ class Night:
         checkpoint: the file that an interrupted run goes on from; None: none is written.
         checkpoint_every_s: an interrupted run loses at most so much.
         base_sha256: of the base's file, as the checkpoint names it.
+        is_rounded: whether weights are not the base's own: what `store` has of states is not theirs.
         samples: whether losses are taken over a `Sample` of the vocabulary: for rows to be known by heart, without an anchor.
         stop: asked before each step: whether the run must save its checkpoint and end with NotNow.
     """
@@ -110,6 +113,7 @@ class Night:
     checkpoint: Path | None = None
     checkpoint_every_s: float = 60.0
     base_sha256: str = ""
+    is_rounded: bool = False
     samples: bool = False
     stop: Callable[[], bool] = bool  # bool() is False
 
@@ -153,7 +157,7 @@ class _Run:
         night: Night,
     ) -> None:
         began = time.perf_counter()
-        torch.set_num_threads(limits.threads or _threads_beside_the_assistant())
+        torch.set_num_threads(limits.threads or threads_beside_the_assistant())
         torch.manual_seed(settings.seed)
         self.settings, self.limits, self.night, self.report = settings, limits, night, TrainReport()
         self.names: dict[int, str] = {}  # of rows, by their id
@@ -187,7 +191,8 @@ class _Run:
         self.lora = lora(self.plan.first_layer)
         if night.start is not None:
             self.lora.warm_start(night.start)
-        self.latents = Latents(self.decoder, self.lora, night.store) if night.store and self.plan.first_layer else None
+        states = None if night.is_rounded else night.store
+        self.latents = Latents(self.decoder, self.lora, states) if states and self.plan.first_layer else None
         self.anchors = anchors(self.decoder, texts, None if self.lora.digest_below() else self.latents, night.store)
         self.optimizer = AdamW(self.lora.flat, settings.weight_decay, settings.max_grad_norm)
         self.averaged = self.lora.flat.detach().clone() if settings.ema_decay else None
@@ -236,7 +241,7 @@ class _Run:
         text = self.night.anchor[0][::EVERY] if has_anchor else None
         typical = Typical(by_size[len(by_size) // 2], text, self.sample)
         n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
-        share_first = 1.0 if self.night.store is None else n_distinct / n_rows
+        share_first = n_distinct / n_rows if self.night.store and not self.night.is_rounded else 1.0
         return plan_time(
             plan,
             self.decoder,
@@ -275,7 +280,6 @@ class _Run:
         report = self.report
         report.steps, report.tokens, report.losses = progress["steps"], progress["tokens"], progress["losses"]
         report.heldout = {int(step): loss for step, loss in progress["heldout"].items()}
-        report.stopped_early = progress.get("stopped_early", False)
         report.resumed_at, self.spent_s = report.steps, progress["train_s"]
         self.rehearsal.met, self.rehearsal.lost = progress["met"], progress["lost"]
         if report.steps > self.evenly_until:
@@ -286,9 +290,7 @@ class _Run:
             return
         optimizer, report, plan = self.optimizer, self.report, self.plan
         tensors = {"flat": optimizer.flat.detach(), "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
-        progress: dict[str, Any] = {
-            name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout", "stopped_early")
-        }
+        progress: dict[str, Any] = {name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout")}
         progress |= {"train_s": train_s, "first_layer": plan.first_layer, "micro_tokens": plan.micro_tokens}
         progress |= {"seconds": plan.seconds, "met": self.rehearsal.met, "lost": self.rehearsal.lost}
         if self.averaged is not None:
@@ -306,7 +308,7 @@ class _Run:
         for step in range(report.steps, n_steps):
             now = time.perf_counter()
             spent_s = now - began + self.spent_s
-            if report.stopped_early or spent_s > 60 * self.limits.minutes:
+            if self._is_getting_worse() or spent_s > 60 * self.limits.minutes:
                 report.stopped_early = True
                 break
             is_told = self.night.stop()
@@ -321,9 +323,7 @@ class _Run:
             report.losses.append(round(value, 5))
             if progress:
                 progress(report.steps, n_steps, value)
-            if self._is_getting_worse():
-                report.stopped_early = True
-                break
+            self._measure_heldout()
         report.train_s = time.perf_counter() - began + self.spent_s
         self._save(report.train_s)  # what comes next may be interrupted too
         report.tokens_per_s = report.tokens / max(report.train_s, 1e-9)
@@ -366,16 +366,20 @@ class _Run:
         for part in micro_batches(rows, (AHEAD - 1) * self.plan.micro_tokens):
             self.latents.states([row.ids for row in part])
 
-    def _is_getting_worse(self) -> bool:
-        """Measure the held-out rows where it is time to; return whether the best is `patience` measurements old."""
+    def _measure_heldout(self) -> None:
+        """Measure the held-out rows where it is time to."""
         settings, report = self.settings, self.report
         if not (settings.patience and self.heldout) or report.steps % settings.eval_every:
-            return False
+            return
         loss = answer_loss(self.decoder, self.lora, self.heldout, self.plan.micro_tokens)
         report.heldout[report.steps] = round(loss, 5)
         if self.best is None or loss < self.best[0]:
             self.best = (loss, self.lora.flat.detach().clone())
-        return min(report.heldout, key=report.heldout.__getitem__) <= report.steps - settings.patience * settings.eval_every
+
+    def _is_getting_worse(self) -> bool:
+        """Return whether the best of the held-out rows is `patience` measurements old."""
+        found, wait = self.report.heldout, self.settings.patience * self.settings.eval_every
+        return bool(found) and min(found, key=found.__getitem__) <= max(found) - wait
 
     def finish(self) -> tuple[Adapter, TrainReport]:
         """Return the adapter that training ends with: the best on held-out rows, else the average, else the last."""
@@ -391,9 +395,3 @@ class _Run:
         left_out = set(self.report.left_out)
         given = [i for i in range(len(self.new) + len(left_out)) if i not in left_out]
         return [i for i, row in zip(given, self.new, strict=True) if met.isdisjoint(map(id, (row, *row.reworded)))]
-
-
-def _threads_beside_the_assistant() -> int:
-    """Return the threads that leave a core to who is chatting meanwhile, where there are more than two."""
-    cores = default_threads()
-    return cores - 1 if cores > 2 else cores

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edgecl_convert import GgufFile, UnsupportedError
-from edgecl_convert.ggml import bf16_is_fast, dequantize, dequantize_into
+from edgecl_convert.ggml import bf16_is_fast, default_threads, dequantize, dequantize_into
 from edgecl_convert.names import from_gguf_rows, head_counts, n_heads_permuted
 
 from .shape import GROUPS, Shape
@@ -40,6 +40,12 @@ def placement() -> Placement:
     if torch.cuda.is_available():
         return Placement(torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
     return Placement(torch.device("cpu"), torch.bfloat16 if bf16_is_fast() else torch.float32)
+
+
+def threads_beside_the_assistant() -> int:
+    """Return the threads that leave a core to who is chatting meanwhile, where there are more than two."""
+    cores = default_threads()
+    return cores - 1 if cores > 2 else cores
 
 
 class Weights:
