@@ -111,8 +111,6 @@ class TrainSettings:
             other words (see `replay.written`).
         depth: share of the layers that are trained, counted from the head; less is faster, learns a little less of the night
             and forgets more of earlier ones (the README has the figures).
-        exact: whether gradients go back through every token, or, in two thirds of the time, through those alone at which
-            something is predicted (see `train.packing`).
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
         learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).
@@ -125,7 +123,6 @@ class TrainSettings:
     r: int = 8
     lora_alpha: float = 16.0
     depth: float = 1.0
-    exact: bool = False
     epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8

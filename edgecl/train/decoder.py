@@ -34,7 +34,6 @@ class Decoder:
 
     Attributes:
         checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
-        exact: whether the backward pass goes through every token, or through those alone at which something is predicted.
     """
 
     def __init__(self, gguf: GgufFile, place: Placement, n_resident: int | None = None, resident_head: bool = True) -> None:
@@ -47,7 +46,6 @@ class Decoder:
         self.place = place
         self.weights = Weights(gguf, self.shape, place, n_resident, resident_head)
         self.checkpointing = False
-        self.exact = False
 
     def run(
         self,

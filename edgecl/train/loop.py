@@ -181,7 +181,7 @@ class _Run:
         if plan.few_kernels:
             forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
-        self.decoder.checkpointing, self.decoder.exact = plan.checkpointing, settings.exact
+        self.decoder.checkpointing = plan.checkpointing
         self.sample = Sample(self.decoder.weights, self.new) if night.samples else None
 
         def lora(first_layer: int) -> Lora:

@@ -6,15 +6,14 @@ layer then have as many rows as there are different tokens, which is what a CPU 
 kernels for every shape that it meets (1 ms and 0.35 MB each), so the sequence is filled up to a multiple of 16. To attend,
 rows of about the same length are laid side by side, all of the tree before each, of which a row sees its own path.
 
-Tokens at which something is predicted stand in front, whatever their row, because the backward pass goes through these alone:
-a fifth of all where answers are short. What enters a layer at any other token is a constant to it (as in TokenTune, Simoulin
-et al. 2024), but the layer's factors still learn from the key and the value that it makes of it. Only where the decoder is
-exact does the backward pass go through all.
+The backward pass goes through the front of the sequence: tokens at which something is predicted, whatever their row; the other
+tokens of rows that it is to go through whole; the tree. What enters a layer at any other token is a constant to it (as in
+TokenTune, Simoulin et al. 2024), but the layer's factors still learn from the key and the value that it makes of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -91,14 +90,27 @@ class Packed:
     where: Sequenced
 
 
-def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]] = ()) -> Packed:
-    """Pack rows of token ids; `wanted`: row and token of what stands in front."""
+def pack(
+    decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]] = (), partly: Collection[int] = ()
+) -> Packed:
+    """Pack rows of token ids.
+
+    Args:
+        wanted: row and token of what stands in front.
+        partly: rows of which the backward pass goes through these alone, and through what is shared.
+    """
     shared, paths = tree(rows, _before(rows, wanted))
     places: list[tuple[int, int] | None] = [*wanted, *[None] * (-len(wanted) % MULTIPLE)]
     n_wanted, in_front = len(places), set(wanted)
     places += shared
-    for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
-        places += [(i, t) for t in range(len(path), len(row)) if (i, t) not in in_front]
+    own = [
+        [(i, t) for t in range(len(path), len(row)) if (i, t) not in in_front]
+        for i, (row, path) in enumerate(zip(rows, paths, strict=True))
+    ]
+    places += [place for i, tokens in enumerate(own) if i not in partly for place in tokens]
+    places += [None] * (-len(places) % MULTIPLE)
+    n_through = len(places)
+    places += [place for i in sorted(partly) for place in own[i]]
     places += [None] * (-len(places) % MULTIPLE)
 
     starts = [0, *accumulate(map(len, rows))]
@@ -112,7 +124,6 @@ def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple
     pieces.append((_FILL, [here for here, place in enumerate(places) if place is None]))
 
     positions = torch.tensor([0 if place is None else place[1] for place in places])
-    n_through = len(places) if decoder.exact or not wanted else n_wanted
     sees = np.zeros((len(places), len(shared) + -len(shared) % MULTIPLE), bool)
     for at, path in zip(where, paths, strict=True):
         for n, here in enumerate(at[: len(path)], 1):

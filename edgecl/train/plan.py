@@ -22,7 +22,7 @@ import torch
 
 from ..errors import EdgeclError
 from ..profile import TrainSettings
-from .batches import TrainRow, micro_batches, predicted
+from .batches import TrainRow, micro_batches, predicted, taught
 from .decoder import Decoder
 from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
@@ -109,8 +109,10 @@ def plan_memory(
     step, longest = max(map(sum, lengths)), max(map(max, lengths))
     extents = [_extent(rows, n_anchor) for rows in batches] or [(1, 0, [(1, 1)])]
     different = max(n_tokens for n_tokens, _, _ in extents)
+    n_shared = max(n for _, n, _ in extents)
     slots = max(sum(n * width for n, width in lines) for _, _, lines in extents)
     seen = max(sum(n * width * (width + n_shared) for n, width in lines) for _, n_shared, lines in extents)
+    n_whole = max((sum(len(row.ids) for row in rows if not row.likely) for rows in batches), default=1)
     n_answers = max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
     first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
@@ -121,7 +123,7 @@ def plan_memory(
             n_tokens = max(longest, micro * different // step) + n_anchor
             pairs = max(seen // parts, longest * longest)
             n_predicted = min(n_answers + n_anchor, n_tokens)
-            n_through = n_tokens if settings.exact else n_predicted
+            n_through = min(n_predicted + n_shared + n_whole, n_tokens)
             sizes = Sizes(n_tokens, slots // parts, pairs, n_predicted, n_through)
             kernels = (FEW_KERNELS_BYTES if few else KERNEL_BYTES)[place.dtype][n_anchor > 0]
             fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing) + kernels
@@ -237,7 +239,7 @@ def plan_time(
     for i, part in enumerate(micro_batches(typical.rows, plan.micro_tokens)):
         text = [typical.text] if typical.text and not i else []
         wanted = predicted(part) + [(len(part), t) for ids in text for t in range(len(ids))]
-        packed = pack(decoder, [*(row.ids for row in part), *text], wanted)
+        packed = pack(decoder, [*(row.ids for row in part), *text], wanted, taught(part))
         parts.append((decoder.weights.embed(packed.ids), packed.where, len(wanted)))
 
     def train() -> None:
