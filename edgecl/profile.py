@@ -148,17 +148,7 @@ class TrainSettings:
             SettingError: a setting is out of range.
         """
         _check_least(self, "train.", "", r=1, epochs=0, min_steps=0, batch_rows=1, replay_rows=0, learning_rate=0)
-        _check_least(
-            self,
-            "train.",
-            "",
-            weight_decay=0,
-            anchor_weight=0,
-            max_grad_norm=0,
-            seed=0,
-            patience=0,
-            eval_every=1,
-        )
+        _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, seed=0)
         _check_least(self, "train.", "", patience=0, eval_every=1, warmup=0, cycles=1, bump=0, settled=0, ema_decay=0)
         for key in ("warmup", "settled", "ema_decay"):
             if not getattr(self, key) < 1:

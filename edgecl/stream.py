@@ -164,13 +164,14 @@ def run_stream(
         for cell, first in zip(cells, firsts, strict=True):
             path = root / f"{cell.name}.json"
             rows = stream.joined() if cell.joint else stream
+            of = rows.digest(model, gate)
             if not path.is_file():
                 root.mkdir(parents=True, exist_ok=True)
                 settings = replace(train or TrainSettings(), seed=cell.seed)
-                run = _Run(rows, cell, first, root, model, gate, compare, settings, progress)
+                run = _Run(rows, of, cell, first, root, model, gate, compare, settings, progress)
                 write_atomic(path, json.dumps(run.run()) + "\n")
             result = json.loads(path.read_text("utf-8"))
-            if result.get("of", of := rows.digest(model, gate)) != of:  # cells of earlier versions do not say
+            if result.get("of", of) != of:  # cells of earlier versions do not say
                 raise DataError(
                     f"{path}: is of other rows, or of another order, model or gate; remove it, or name another --home"
                 )
@@ -184,6 +185,7 @@ class _Run:
     """One cell: the first night of `first` in a home that other cells go on from too, then the others in a copy of it."""
 
     stream: Stream
+    of: str  # `digest` of the stream
     cell: Cell
     first: Cell
     root: Path
@@ -216,7 +218,7 @@ class _Run:
                 accuracy[i, j], loss[i, j] = _right(found[task]).mean(), np.mean(found[task]["loss_nats"])
         return {
             **asdict(self.cell),
-            "of": self.stream.digest(self.model, self.gate),
+            "of": self.of,
             "tasks": list(tasks),
             "acc": average_accuracy(accuracy),
             "bwt": backward_transfer(accuracy),
@@ -241,8 +243,8 @@ class _Run:
 
         All of its rows stay in the store: each cell keeps its own share of them.
         """
-        measured, of = home / "measured.json", self.stream.digest(self.model, self.gate)
-        if not measured.is_file() or json.loads(measured.read_text("utf-8")).get("of") != of:
+        measured = home / "measured.json"
+        if not measured.is_file() or json.loads(measured.read_text("utf-8")).get("of") != self.of:
             shutil.rmtree(home, ignore_errors=True)
             with Learner.init(
                 find_model(self.model),
@@ -257,7 +259,7 @@ class _Run:
                 base = self._rows(learner, self._merged(learner, "", self.first.quant), self.stream.tasks)
                 night, rows = self._night(learner, 0, self.compare)
             accuracy = [float(_right(base[task]).mean()) for task in self.stream.tasks]
-            write_atomic(measured, json.dumps({"of": of, "base": accuracy, "night": night, "rows": rows}))
+            write_atomic(measured, json.dumps({"of": self.of, "base": accuracy, "night": night, "rows": rows}))
         return dict(json.loads(measured.read_text("utf-8")))
 
     def _keep(self, learner: Learner) -> int:

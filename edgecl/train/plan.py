@@ -109,7 +109,7 @@ def plan_memory(
     step, longest = max(map(sum, lengths)), max(map(max, lengths))
     extents = [_extent(rows, n_anchor) for rows in batches] or [(1, 0, [(1, 1)])]
     different = max(n_tokens for n_tokens, _, _ in extents)
-    n_shared = max(n for _, n, _ in extents)
+    most_shared = max(n_shared for _, n_shared, _ in extents)
     slots = max(sum(n * width for n, width in lines) for _, _, lines in extents)
     seen = max(sum(n * width * (width + n_shared) for n, width in lines) for _, n_shared, lines in extents)
     n_whole = max((sum(len(row.ids) for row in rows if not row.likely) for rows in batches), default=1)
@@ -123,7 +123,7 @@ def plan_memory(
             n_tokens = max(longest, micro * different // step) + n_anchor
             pairs = max(seen // parts, longest * longest)
             n_predicted = min(n_answers + n_anchor, n_tokens)
-            n_through = min(n_predicted + n_shared + n_whole, n_tokens)
+            n_through = min(n_predicted + most_shared + n_whole, n_tokens)
             sizes = Sizes(n_tokens, slots // parts, pairs, n_predicted, n_through)
             kernels = (FEW_KERNELS_BYTES if few else KERNEL_BYTES)[place.dtype][n_anchor > 0]
             fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing) + kernels
