@@ -104,11 +104,6 @@ def predicted(rows: Sequence[TrainRow]) -> list[tuple[int, int]]:
     return [(i, t - 1) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
 
 
-def taught(rows: Sequence[TrainRow]) -> set[int]:
-    """Return which rows have a teacher's answers."""
-    return {i for i, row in enumerate(rows) if row.likely}
-
-
 def micro_batches(rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
     """Split a batch so that no part holds more than `max_tokens` tokens (a lone row may)."""
     parts: list[list[TrainRow]] = []

@@ -72,31 +72,29 @@ class Decoder:
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the head multiplies, (T, D)."""
-        out: torch.Tensor = RmsNorm.apply(x, self.weights.output_norm(), self.shape.norm_eps, len(x))
+        out: torch.Tensor = RmsNorm.apply(x, self.weights.output_norm(), self.shape.norm_eps)
         return out
 
     def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None, only: int | None = None) -> torch.Tensor:
         """Return the hidden states (T, D) after one layer, or those of so many tokens in front."""
         shape = self.shape
         heads = [shape.n_head, shape.n_kv, shape.n_kv]
-        n_tokens, n_through = len(x), where.lines.n_through
 
-        def norm(values: torch.Tensor, name: str, n: int = n_through) -> torch.Tensor:
+        def norm(values: torch.Tensor, name: str) -> torch.Tensor:
             factors = self.weights.norm(layer, name)
-            return values if factors is None else RmsNorm.apply(values, factors, shape.norm_eps, min(n, len(values)))
+            return values if factors is None else RmsNorm.apply(values, factors, shape.norm_eps)
 
-        def project(values: torch.Tensor, group: str, gelu: bool | None = None, n_heard: int = n_through) -> torch.Tensor:
+        def project(values: torch.Tensor, group: str, gelu: bool | None = None) -> torch.Tensor:
             held = None if lora is None else lora.groups.get((layer, group))
             flat = lora.flat if lora is not None and layer >= lora.first_layer else None  # no graph below the first
-            n = len(values)
-            return Project.apply(values, flat, self.weights, layer, group, held, gelu, min(n_through, n), min(n_heard, n))
+            return Project.apply(values, flat, self.weights, layer, group, held, gelu)
 
         is_near = shape.looks_back_over_a_window(layer)
         turns = where.window_turns if is_near and where.window_turns else where.turns
-        qkv = project(norm(x, "attn_norm"), "qkv", n_heard=n_tokens).view(n_tokens, sum(heads), shape.head_dim)
+        qkv = project(norm(x, "attn_norm"), "qkv").view(len(x), sum(heads), shape.head_dim)
         if shape.norms_heads:
             q, k, v = qkv.split(heads, 1)
-            qkv = torch.cat([norm(q, "attn_q_norm"), norm(k, "attn_k_norm", n_tokens), v], 1)
+            qkv = torch.cat([norm(q, "attn_q_norm"), norm(k, "attn_k_norm"), v], 1)
         seen = Attend.apply(qkv, *turns, where.lines, shape.n_kv, is_near, shape.score_scale)
         if only is not None:
             x, seen = x[:only], seen[:only]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,14 +18,13 @@ def hidden_states(
     rows: Sequence[Sequence[int]],
     wanted: Sequence[tuple[int, int]],
     latents: Latents | None = None,
-    partly: Collection[int] = (),
 ) -> torch.Tensor:
     """Return what the head multiplies at some tokens, (N, D).
 
     Args:
-        rows: token ids; wanted: which of them, and which token of it; partly: as for `pack`.
+        rows: token ids; wanted: which of them, and which token of it.
     """
-    packed = pack(decoder, rows, wanted, partly)
+    packed = pack(decoder, rows, wanted)
     if latents is None:
         x, first = decoder.weights.embed(packed.ids), 0
     else:

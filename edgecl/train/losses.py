@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .batches import TrainRow, micro_batches, predicted, taught
+from .batches import TrainRow, micro_batches, predicted
 from .decoder import Decoder
 from .forward import hidden_states
 from .head import NO_TOKEN, Sample, log_sum
@@ -117,7 +117,7 @@ def losses(
         wanted += [(len(rows), t) for t in range(n_anchor)]
         tokens += [NO_TOKEN] * n_anchor
         targets.append(anchor.expected)
-    hidden = hidden_states(decoder, lora, ids, wanted, latents, taught(rows))
+    hidden = hidden_states(decoder, lora, ids, wanted, latents)
     each: torch.Tensor = _Losses.apply(hidden, torch.cat(targets), torch.tensor(tokens, device=hidden.device), weights, sample)
     of_answers, of_anchor = each.split([n_answers, n_anchor])
     drift = of_anchor.mean() - anchor.entropy if anchor is not None else each.new_zeros(())

@@ -3,9 +3,6 @@
 What a general library spends on a small model on a CPU is not products but everything around them: one product for each
 projection, low-rank factors cast anew, gradients of frozen weights prepared for, intermediate results kept. Here a group of
 projections is one product, its LoRA gradients go straight into one buffer, and each operation keeps only what it needs.
-
-The backward pass goes through the first G tokens of a sequence (`packing` puts them there): an operation keeps what it needs
-for these, and returns gradients for these and zeros for the others.
 """
 
 from __future__ import annotations
@@ -36,8 +33,6 @@ class Project(torch.autograd.Function):
         group: str,
         lora: LoraGroup | None,
         gelu: bool | None,
-        n_through: int,
-        n_heard: int,
     ) -> torch.Tensor:
         """Map (T, in) to (T, out).
 
@@ -46,9 +41,8 @@ class Project(torch.autograd.Function):
             lora: the group's factors, None where it has none.
             gelu: x is gate and up (T, 2 in), and `gated` comes first; computed again in the backward pass, which spares its
                 memory: a quarter of what a layer keeps.
-            n_through: G; n_heard: of so many is there a gradient of y.
         """
-        kept = _first(x, n_heard)
+        kept = x
         if gelu is not None:
             x = gated(x, gelu)
         y = F.linear(x, weights.group(layer, group), weights.biases[layer, group])
@@ -56,10 +50,8 @@ class Project(torch.autograd.Function):
         if lora is not None:
             low = x @ lora.a.T  # (T, k r)
             y.addmm_(low, lora.b.T, alpha=lora.scaling)
-            low = _first(low, n_heard)
         ctx.save_for_backward(kept, low)
-        ctx.gelu, ctx.n_tokens, ctx.n_through = gelu, len(x), n_through
-        ctx.weights, ctx.layer, ctx.group, ctx.lora = weights, layer, group, lora
+        ctx.weights, ctx.layer, ctx.group, ctx.lora, ctx.gelu = weights, layer, group, lora, gelu
         return y
 
     @staticmethod
@@ -67,7 +59,6 @@ class Project(torch.autograd.Function):
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Add the gradients of A and B to their buffers; return that of x."""
         kept, low = ctx.saved_tensors
-        n, dy = ctx.n_through, dy[: len(kept)]
         lora: LoraGroup | None = ctx.lora
         dlow = None
         if lora is not None:
@@ -75,25 +66,23 @@ class Project(torch.autograd.Function):
             lora.add_gradients(dlow.T @ x, low.T @ dy)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy[:n] @ ctx.weights.group(ctx.layer, ctx.group)
+            dx = dy @ ctx.weights.group(ctx.layer, ctx.group)
             if lora is not None and dlow is not None:
-                dx.addmm_(dlow[:n], lora.a, alpha=lora.scaling)
+                dx.addmm_(dlow, lora.a, alpha=lora.scaling)
             if ctx.gelu is not None:
-                dx = _gated_backward(kept[:n], dx, ctx.gelu)
-            dx = _with_zeros(dx, ctx.n_tokens)
-        return dx, None, None, None, None, None, None, None, None
+                dx = _gated_backward(kept, dx, ctx.gelu)
+        return dx, None, None, None, None, None, None
 
 
 class RmsNorm(torch.autograd.Function):
     """y = x / rms(x) * factors over the last dimension, computed in float32; the factors are frozen."""
 
     @staticmethod
-    def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float, n_through: int) -> torch.Tensor:
-        """Norm (T, ..., D); n_through: G."""
+    def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:
+        """Norm (T, ..., D)."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(_first(x, n_through), factors, _first(inverse, n_through))
-        ctx.n_tokens = len(x)
+        ctx.save_for_backward(x, factors, inverse)
         return (x * inverse).mul_(factors).to(x.dtype)
 
     @staticmethod
@@ -101,26 +90,11 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
         x, factors, inverse = ctx.saved_tensors
-        dy = dy[: len(x)]
         unit = x * inverse  # float32
         g = dy * factors  # (..., D) float32
         projected = (g * unit).mean(-1, keepdim=True)
         dx = g.addcmul_(unit, projected, value=-1).mul_(inverse).to(x.dtype)
-        return _with_zeros(dx, ctx.n_tokens), None, None, None
-
-
-def _first(x: torch.Tensor, n: int) -> torch.Tensor:
-    """Return the first n rows of x (T, ...), so that the others can be forgotten."""
-    return x if n == len(x) else x[:n].clone()
-
-
-def _with_zeros(dx: torch.Tensor, n: int) -> torch.Tensor:
-    """Return (n, ...): the gradients of the first tokens, and zeros."""
-    if len(dx) == n:
-        return dx
-    out = dx.new_zeros(n, *dx.shape[1:])
-    out[: len(dx)] = dx
-    return out
+        return dx, None, None
 
 
 def gated(gate_up: torch.Tensor, is_gelu: bool) -> torch.Tensor:
@@ -153,9 +127,8 @@ class Bucket(NamedTuple):
         queries, keys: (S H n,) and (S K (P + n),) where what each slot asks and offers stands among the heads of turned
             queries and keys (T (H + K)); values: the same among those of queries, keys and values (T (H + 2 K)). The tree's P
             tokens stand in front of every line.
-        back: (S H m,) which of the queries the backward pass goes through, m in a line; None: all.
-        from_out: (S H m,) where the gradient that each of these gets stands among those of the heads of the first G tokens;
-            one behind them, a row of zeros, for an empty slot.
+        from_out: (S H n,) where the gradient that each slot gets stands among those of the heads of all tokens; one behind
+            them, a row of zeros, for an empty slot.
         bias: (S K, H / K n, P + n), 0 where a slot sees a token of the tree or a slot, and -inf where not.
         near: the same within a window, or None.
     """
@@ -163,7 +136,6 @@ class Bucket(NamedTuple):
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    back: torch.Tensor | None
     from_out: torch.Tensor
     bias: torch.Tensor
     near: torch.Tensor | None
@@ -173,17 +145,13 @@ class Lines(NamedTuple):
     """How the T tokens of a packed sequence attend, and where they find what comes of it in all buckets, one after the other.
 
     Attributes:
-        out: (T H,) of the heads of each token; d_queries: (G H,) of the first G, which the backward pass goes through.
-        d_keys: (T K,) of the keys of each token, and of its values.
+        out: (T H,) of the heads of each token, and of its queries; d_keys: (T K,) of its keys, and of its values.
         tree: the tokens which stand in front of every line, besides slots of their own.
-        n_through: G.
     """
 
     out: torch.Tensor
-    d_queries: torch.Tensor
     d_keys: torch.Tensor
     tree: range
-    n_through: int
     buckets: Sequence[Bucket]
 
 
@@ -221,8 +189,6 @@ class Attend(torch.autograd.Function):
             v = heads.index_select(0, bucket.values).view(len(bias), -1, d)
             share = torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), -1)
             mixed.append(torch.bmm(share, v).view(-1, d))
-            if bucket.back is not None:
-                q, share = (_some(rows, bucket.back) for rows in (q, share))
             kept += [q, k, v, share]
         ctx.save_for_backward(cos, sin, *kept)
         ctx.lines, ctx.n_kv, ctx.scale = lines, n_kv, scale
@@ -231,11 +197,11 @@ class Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of qkv: of the first G queries, and of all keys and values."""
+        """Return the gradient of qkv."""
         cos, sin, *kept = ctx.saved_tensors
         lines, n_kv, d = ctx.lines, ctx.n_kv, kept[0].shape[-1]
-        n, n_through, n_tree = len(dy), lines.n_through, len(lines.tree)
-        d_out = F.pad(dy[:n_through].view(-1, d), (0, 0, 0, 1))
+        n, n_tree = len(dy), len(lines.tree)
+        d_out = F.pad(dy.view(-1, d), (0, 0, 0, 1))
         parts: tuple[list[torch.Tensor], ...] = [], [], []  # of queries, keys and values
         of_tree: tuple[list[torch.Tensor], ...] = [], []
         for i, bucket in enumerate(lines.buckets):
@@ -248,14 +214,14 @@ class Attend(torch.autograd.Function):
                 found.append(gradient.view(-1, d))
             for found, gradient in zip(of_tree, (dk, dv), strict=True):
                 found.append(gradient[:, :n_tree].reshape(len(gradient) // n_kv, n_kv, n_tree, d).sum(0).transpose(0, 1))
-        dq = _joined(parts[0]).index_select(0, lines.d_queries).view(n_through, -1, d)
+        dq = _joined(parts[0]).index_select(0, lines.out).view(n, -1, d)
         dk, dv = (_joined(part).index_select(0, lines.d_keys).view(n, n_kv, d) for part in parts[1:])
         for gradient, found in zip((dk, dv), of_tree, strict=True):
             for of_bucket in found:  # what all lines send back to what they share
                 gradient[lines.tree.start : lines.tree.stop] += of_bucket
         n_head = dq.shape[1]
-        out = dy.new_zeros(n, n_head + 2 * n_kv, d)
-        _rotate(dq, cos[:n_through], -sin[:n_through], out[:n_through, :n_head])
+        out = dy.new_empty(n, n_head + 2 * n_kv, d)
+        _rotate(dq, cos, -sin, out[:, :n_head])
         _rotate(dk, cos, -sin, out[:, n_head : n_head + n_kv])
         out[:, n_head + n_kv :] = dv
         return out, None, None, None, None, None, None
@@ -267,11 +233,6 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
     y1.addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=y2)
     y2.addcmul_(x1, sin)
-
-
-def _some(by_head: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Return some rows of (S K, H / K n, ...), as many of each S K."""
-    return by_head.flatten(0, 1).index_select(0, which).view(len(by_head), -1, by_head.shape[2])
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

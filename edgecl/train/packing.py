@@ -6,14 +6,12 @@ layer then have as many rows as there are different tokens, which is what a CPU 
 kernels for every shape that it meets (1 ms and 0.35 MB each), so the sequence is filled up to a multiple of 16. To attend,
 rows of about the same length are laid side by side, all of the tree before each, of which a row sees its own path.
 
-The backward pass goes through the front of the sequence: tokens at which something is predicted, whatever their row; the other
-tokens of rows that it is to go through whole; the tree. What enters a layer at any other token is a constant to it (as in
-TokenTune, Simoulin et al. 2024), but the layer's factors still learn from the key and the value that it makes of it.
+Tokens at which something is predicted stand in front, whatever their row: the others are spared the last layer and the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -90,27 +88,18 @@ class Packed:
     where: Sequenced
 
 
-def pack(
-    decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]] = (), partly: Collection[int] = ()
-) -> Packed:
+def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]] = ()) -> Packed:
     """Pack rows of token ids.
 
     Args:
         wanted: row and token of what stands in front.
-        partly: rows of which the backward pass goes through these alone, and through what is shared.
     """
     shared, paths = tree(rows, _before(rows, wanted))
     places: list[tuple[int, int] | None] = [*wanted, *[None] * (-len(wanted) % MULTIPLE)]
     n_wanted, in_front = len(places), set(wanted)
     places += shared
-    own = [
-        [(i, t) for t in range(len(path), len(row)) if (i, t) not in in_front]
-        for i, (row, path) in enumerate(zip(rows, paths, strict=True))
-    ]
-    places += [place for i, tokens in enumerate(own) if i not in partly for place in tokens]
-    places += [None] * (-len(places) % MULTIPLE)
-    n_through = len(places)
-    places += [place for i in sorted(partly) for place in own[i]]
+    for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
+        places += [(i, t) for t in range(len(path), len(row)) if (i, t) not in in_front]
     places += [None] * (-len(places) % MULTIPLE)
 
     starts = [0, *accumulate(map(len, rows))]
@@ -129,7 +118,7 @@ def pack(
         for n, here in enumerate(at[: len(path)], 1):
             sees[here, path[:n]] = True
         sees[np.ix_(at[len(path) :], path)] = True
-    lines = _lines(decoder, [piece for piece in pieces if piece[1]], positions, tree_at, torch.from_numpy(sees), n_through)
+    lines = _lines(decoder, [piece for piece in pieces if piece[1]], positions, tree_at, torch.from_numpy(sees))
     positions = positions.to(decoder.place.device)
     factors, shape = decoder.weights.rotary_factors(), decoder.shape
     turns = decoder.turns(positions, shape.rope_theta, factors)
@@ -156,50 +145,39 @@ def extent(rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]]) -> 
     return sum(len(piece[1]) for piece in pieces), len(shared), lines
 
 
-def _lines(
-    decoder: Decoder, pieces: Sequence[Piece], positions: torch.Tensor, tree_at: range, sees: torch.Tensor, n_through: int
-) -> Lines:
+def _lines(decoder: Decoder, pieces: Sequence[Piece], positions: torch.Tensor, tree_at: range, sees: torch.Tensor) -> Lines:
     """Lay pieces of a sequence side by side.
 
     Args:
         positions: (T,) of tokens in their rows; tree_at: where the tree stands in the sequence.
-        sees: (T, P) what of the tree each token sees; n_through: so many tokens does the backward pass go through.
+        sees: (T, P) what of the tree each token sees.
     """
     device, n_head, n_kv = decoder.place.device, decoder.shape.n_head, decoder.shape.n_kv
     shared = torch.tensor([*tree_at, *[0] * (sees.shape[1] - len(tree_at))], dtype=torch.long)
     head, kv = torch.arange(n_head), torch.arange(n_kv)
     out, d_keys = (torch.empty(len(positions), heads, dtype=torch.long) for heads in (n_head, n_kv))
-    d_queries = torch.empty(n_through, n_head, dtype=torch.long)
-    buckets, n_out, n_d_queries, n_d_keys = [], 0, 0, 0  # rows of the buckets so far
+    buckets, n_out, n_d_keys = [], 0, 0  # rows of the buckets so far
     for width, held in _in_lines(pieces):
         token, owner = _side_by_side(width, held)
         is_taken = token >= 0
-        is_back = is_taken & (token < n_through)
-        back = _back(is_back)
-        n_back, n_keys = back.shape[1], len(shared) + width
+        n_keys = len(shared) + width
 
         line, slot = torch.nonzero(is_taken, as_tuple=True)
         here = token[line, slot]
         out[here] = n_out + _row(line, head, slot, width)
         d_keys[here] = n_d_keys + _row(line, kv, len(shared) + slot, n_keys)
-        line, slot = torch.nonzero(is_back.gather(1, back), as_tuple=True)
-        here = token.gather(1, back)[line, slot]
-        d_queries[here] = n_d_queries + _row(line, head, slot, n_back)
-        from_out = torch.full((len(held), n_head, n_back), n_through * n_head)
+        from_out = torch.full((len(held), n_head, width), len(positions) * n_head)
         from_out[line, :, slot] = here[:, None] * n_head + head
 
         asks = token.clamp(0)[:, None]
         offers = torch.cat([shared.expand(len(held), 1, -1), asks], 2)
         queries, keys = asks * (n_head + n_kv) + head[:, None], offers * (n_head + n_kv) + n_head + kv[:, None]
         values = offers * (n_head + 2 * n_kv) + n_head + n_kv + kv[:, None]
-        of_back = torch.arange(len(held) * n_head).view(-1, n_head, 1) * width + back[:, None]
-        queries, keys, values, of_back, from_out = (i.flatten().to(device) for i in (queries, keys, values, of_back, from_out))
+        queries, keys, values, from_out = (i.flatten().to(device) for i in (queries, keys, values, from_out))
         biases = _biases(decoder, owner, sees[token] & is_taken[..., None], positions[token], positions[shared])
-        buckets.append(Bucket(queries, keys, values, None if n_back == width else of_back, from_out, *biases))
-        n_out, n_d_queries = n_out + n_head * token.numel(), n_d_queries + n_head * back.numel()
-        n_d_keys += n_kv * n_keys * len(held)
-    out, d_queries, d_keys = (index.flatten().to(device) for index in (out, d_queries, d_keys))
-    return Lines(out, d_queries, d_keys, tree_at, n_through, buckets)
+        buckets.append(Bucket(queries, keys, values, from_out, *biases))
+        n_out, n_d_keys = n_out + n_head * token.numel(), n_d_keys + n_kv * n_keys * len(held)
+    return Lines(out.flatten().to(device), d_keys.flatten().to(device), tree_at, buckets)
 
 
 def _side_by_side(width: int, lines: Sequence[Sequence[Piece]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,15 +195,6 @@ def _side_by_side(width: int, lines: Sequence[Sequence[Piece]]) -> tuple[torch.T
 def _row(line: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, width: int) -> torch.Tensor:
     """Return where slots (N,) of lines (N,) stand for each head, (N, heads), among the rows of (S, heads, width)."""
     return (line[:, None] * len(head) + head) * width + slot[:, None]
-
-
-def _back(is_back: torch.Tensor) -> torch.Tensor:
-    """Return for each line (S, n) the slots that the backward pass goes through, (S, m), and some more to a multiple."""
-    width = is_back.shape[1]
-    n_back = max(1, -(-int(is_back.sum(1).max()) // MULTIPLE)) * MULTIPLE
-    if n_back >= width:
-        return torch.arange(width).expand(len(is_back), -1)
-    return torch.argsort(~is_back, dim=1, stable=True)[:, :n_back]
 
 
 def _in_lines(pieces: Sequence[Piece]) -> list[tuple[int, list[list[Piece]]]]:

@@ -22,7 +22,7 @@ import torch
 
 from ..errors import EdgeclError
 from ..profile import TrainSettings
-from .batches import TrainRow, micro_batches, predicted, taught
+from .batches import TrainRow, micro_batches, predicted
 from .decoder import Decoder
 from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
@@ -109,10 +109,8 @@ def plan_memory(
     step, longest = max(map(sum, lengths)), max(map(max, lengths))
     extents = [_extent(rows, n_anchor) for rows in batches] or [(1, 0, [(1, 1)])]
     different = max(n_tokens for n_tokens, _, _ in extents)
-    most_shared = max(n_shared for _, n_shared, _ in extents)
     slots = max(sum(n * width for n, width in lines) for _, _, lines in extents)
     seen = max(sum(n * width * (width + n_shared) for n, width in lines) for _, n_shared, lines in extents)
-    n_whole = max((sum(len(row.ids) for row in rows if not row.likely) for rows in batches), default=1)
     n_answers = max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
     first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
@@ -123,8 +121,7 @@ def plan_memory(
             n_tokens = max(longest, micro * different // step) + n_anchor
             pairs = max(seen // parts, longest * longest)
             n_predicted = min(n_answers + n_anchor, n_tokens)
-            n_through = min(n_predicted + most_shared + n_whole, n_tokens)
-            sizes = Sizes(n_tokens, slots // parts, pairs, n_predicted, n_through)
+            sizes = Sizes(n_tokens, slots // parts, pairs, n_predicted)
             kernels = (FEW_KERNELS_BYTES if few else KERNEL_BYTES)[place.dtype][n_anchor > 0]
             fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing) + kernels
             least = min(least or fixed, fixed)
@@ -179,14 +176,13 @@ class Sizes(NamedTuple):
 
     Attributes:
         n_slots: in which tokens attend; n_pairs: of slots.
-        n_predicted: tokens that are predicted; n_through: that the backward pass goes through.
+        n_predicted: tokens that are predicted.
     """
 
     n_tokens: int
     n_slots: int
     n_pairs: int
     n_predicted: int
-    n_through: int
 
 
 def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, sizes: Sizes, checkpointing: bool) -> int:
@@ -197,10 +193,8 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
         n_trained * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
     )
     attention = sizes.n_slots * (shape.n_head + 2 * shape.n_kv) * d + sizes.n_pairs * shape.n_head
-    of_a_layer = e * (
-        n_tokens * shape.width + sizes.n_through * (3 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention
-    )
-    at_work = e * (n_tokens * 4 + sizes.n_through * 3) * shape.n_ff  # in a forward pass, and in a backward pass
+    of_a_layer = e * (n_tokens * (4 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention)
+    at_work = e * n_tokens * 7 * shape.n_ff  # in a forward pass, and in a backward pass
     kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = sizes.n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
@@ -239,7 +233,7 @@ def plan_time(
     for i, part in enumerate(micro_batches(typical.rows, plan.micro_tokens)):
         text = [typical.text] if typical.text and not i else []
         wanted = predicted(part) + [(len(part), t) for ids in text for t in range(len(ids))]
-        packed = pack(decoder, [*(row.ids for row in part), *text], wanted, taught(part))
+        packed = pack(decoder, [*(row.ids for row in part), *text], wanted)
         parts.append((decoder.weights.embed(packed.ids), packed.where, len(wanted)))
 
     def train() -> None:
