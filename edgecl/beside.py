@@ -113,8 +113,8 @@ def _request(learner: Learner, folder: str) -> dict[str, Any]:
         "written": [],
         "reworded": [],
         "heldout": [],
+        "quant": "Q8_0",
         "settings": asdict(replace(learner.settings.train, min_steps=ENDLESS)),
-        "quant": "Q8_0",  # its steps have no end, so those on rounded weights are never come to
         "limits": asdict(replace(learner.profile, minutes=MINUTES)),
         "runs": folder,
         "adapter_gguf": f"{folder}/adapter.gguf",

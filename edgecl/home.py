@@ -10,6 +10,7 @@ from typing import Any
 
 from edgecl_convert import merge, open_source, resolve_quant, write_atomic
 from edgecl_convert.names import check_architecture
+from edgecl_convert.recipe import KEEP
 
 from .child import Limits, run_stage
 from .errors import EdgeclError, SettingError, StageError, translated
@@ -39,12 +40,14 @@ def make_home(
     quant = served_at(precision) if precision else quant or limits.quant
     with translated(), open_source(path) as source:
         check_architecture(source)
-        resolve_quant(quant, source)
+        resolved = resolve_quant(quant, source)
         template = source.get("tokenizer.chat_template")
         if not template:
             raise SettingError(f"{path} has no chat template (tokenizer.chat_template); use an instruct model")
         tokens = "\0".join(source.get("tokenizer.ggml.tokens", []))
-    written = PRECISIONS.get(precision, "F16" if path.is_dir() else "")
+    # at 4 bits a base is rounded once, before its nights: after each of them, little of what it learned would be left
+    own = resolved if quant == "int4" and resolved != KEEP else "F16" if path.is_dir() else ""
+    written = PRECISIONS.get(precision, own)
     base = place.resolve() / f"base-{written}.gguf" if written else path
     made = Settings(base=str(base), quant=quant, profile=profile, **settings)
     exists = (place / "edgecl.toml").exists()

@@ -84,7 +84,8 @@ class Learner:
 
         Args:
             model: a GGUF file, a Hugging Face folder (its F16 conversion is kept in the home), or "smollm2", the packaged one.
-            quant: what is served; "": the profile's, or that of `precision`.
+            quant: what is served; "": the profile's, or that of `precision`. For int4, a model of more bits
+                is first written so, in the home.
             precision: f16, int8 or int4: the base is written at it first, in the home; nights are then trained against exactly
                 the weights that they are merged into and served with, and `quant` is that precision.
             force: replace a home that exists; its store and generations are deleted.

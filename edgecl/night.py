@@ -199,7 +199,7 @@ class Night:
     def _forget_run(self) -> None:
         """Remove what an interrupted night would have gone on from."""
         self.store.drop_draft_scores()
-        for name in ("written.json", "checkpoint.safetensors", "rounded.safetensors", "asker.safetensors", "asker.db"):
+        for name in ("written.json", "checkpoint.safetensors", "asker.safetensors", "asker.db"):
             (self._runs / name).unlink(missing_ok=True)
 
     def _write(self, yesterday: Generation, new: list[Stored]) -> dict[str, Any]:

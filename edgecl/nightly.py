@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from edgecl_convert import ConvertError, GgufFile, resolve_quant
+from edgecl_convert import ConvertError, GgufFile, in_minimums, resolve_quant
 from edgecl_convert.names import PROJECTIONS
 
 from .child import Progress
@@ -23,7 +23,6 @@ from .learner import Learner
 from .lock import night_lock
 from .night import AdaptReport
 from .profile import Settings
-from .rounded import is_coarse
 from .tries import clear_try, last_try, note_try
 from .writers import base_copy
 
@@ -76,8 +75,7 @@ def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -
 def needed_bytes(settings: Settings, ram_bytes: int) -> int:
     """Return the disk that a night may fill beside the base, which is there.
 
-    First that is the copy that writers run from, then, when it is gone, the merged file, adapter and checkpoint, and, where few
-    bits are served, weights that are rounded for training.
+    First that is the copy that writers run from, then, when it is gone, the merged file, adapter and checkpoint.
 
     Raises:
         EdgeclError: the base cannot be read, or there is no such quant.
@@ -86,11 +84,11 @@ def needed_bytes(settings: Settings, ram_bytes: int) -> int:
         qtype = resolve_quant(settings.quant, base, learned=True)
         n_weights = sum(math.prod(info.shape) for info in base.tensors.values())
         _, copy = base_copy(base, ram_bytes)
-        rounded = round(n_weights * Q8_0_BYTES) if is_coarse(base, qtype) else 0
+        r = settings.train.rank(bool(in_minimums(base, qtype)))
         projections = [info.shape for name, info in base.tensors.items() if PROJECTIONS.keys() & set(name.split("."))]
     merged = max(Path(settings.base).stat().st_size, round(n_weights * BYTES_A_WEIGHT.get(qtype, Q8_0_BYTES)))
-    adapters = ADAPTERS * 4 * settings.train.r * sum(sum(shape) for shape in projections)
-    return max(merged + rounded + adapters, copy)
+    adapters = ADAPTERS * 4 * r * sum(sum(shape) for shape in projections)
+    return max(merged + adapters, copy)
 
 
 class _Contract:

@@ -106,6 +106,7 @@ class TrainSettings:
     """What a night's training is told.
 
     Attributes:
+        r: rank of the adapter, for which `lora_alpha` is meant (see `rank`).
         epochs: passes over the new rows.
         min_steps: a small night repeats its rows until it has made this many steps, and half as many more if it has them in
             other words (see `replay.written`).
@@ -159,6 +160,10 @@ class TrainSettings:
             raise SettingError(f"train.depth must be above 0 and at most 1, got {self.depth}")
         if not self.lora_alpha > 0:
             raise SettingError(f"train.lora_alpha must be above 0, got {self.lora_alpha}")
+
+    def rank(self, is_in_blocks: bool) -> int:
+        """Return the rank of an adapter: twice `r` where lora_A is the same over blocks, which learns as much then."""
+        return 2 * self.r if is_in_blocks else self.r
 
 
 @dataclass(frozen=True)

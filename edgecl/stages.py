@@ -23,6 +23,7 @@ from edgecl_convert import (
     Adapter,
     ConvertError,
     GgufFile,
+    in_minimums,
     merge,
     read_gguf_adapter,
     verify,
@@ -33,7 +34,6 @@ from edgecl_convert import (
 from .data import Example, is_correct
 from .errors import EdgeclError
 from .profile import Profile, TrainSettings
-from .rounded import SHARE, aware, is_coarse, rounded_base
 from .sandbox import code_in, passes
 from .template import ChatFormat, chat_format
 
@@ -136,10 +136,7 @@ def question_of(example: Example) -> str:
 
 
 def train_stage(request: Request, report: Report) -> Request:
-    """Train tonight's adapter, which answers, and write it as GGUF and as a PEFT folder; then the one that asks, as GGUF.
-
-    Where few bits are served, the one that answers is trained on for some steps on weights that are rounded as they will be.
-    """
+    """Train tonight's adapter, which answers, and write it as GGUF and as a PEFT folder; then the one that asks, as GGUF."""
     from .engine import VocabFile
     from .train import LatentStore, Night
 
@@ -159,22 +156,16 @@ def train_stage(request: Request, report: Report) -> Request:
         runs, settings = Path(request["runs"]), TrainSettings(**request["settings"])
         limits = Profile(**request["limits"])
         minutes = limits.minutes * (ASKING if asked else 0.0)
-        night = Night(start=start, anchor=anchor, heldout=heldout, base_sha256=request["base_sha256"], stop=told.is_set)
+        in_blocks = in_minimums(gguf, request["quant"])
+        night = Night(start, anchor, heldout, base_sha256=request["base_sha256"], in_blocks=in_blocks, stop=told.is_set)
 
         def say(done: int, total: int, loss: float) -> None:
             report(done, total, f"loss {loss:.3f}")
 
         with LatentStore(runs / "latents.db", request["base_sha256"]) as store:
             night.store, night.checkpoint = store, runs / "checkpoint.safetensors"
-            coarse = is_coarse(gguf, request["quant"])
-            answering = replace(limits, minutes=(limits.minutes - minutes) / (1 + SHARE * coarse))
-            adapter, result = _trained(gguf, new, replay, settings, answering, night, say)
-            if coarse:
-                last = replace(answering, minutes=SHARE * answering.minutes)
-                with rounded_base(gguf, adapter, request["quant"], runs) as rounded:
-                    night.start, night.checkpoint, night.is_rounded = adapter, runs / "rounded.safetensors", True
-                    adapter, facts = _trained(rounded, new, replay, aware(settings), last, night, say)
-                result.go_on(facts)
+            answering = replace(limits, minutes=limits.minutes - minutes)
+            adapter, result = _trained(gguf, new, replay, _of_rank(settings, night), answering, night, say)
         adapter.base_sha256 = request["base_sha256"]
         write_gguf_adapter(request["adapter_gguf"], adapter)
         write_peft_adapter(request["adapter_peft"], adapter, gguf)
@@ -188,6 +179,13 @@ def train_stage(request: Request, report: Report) -> Request:
             write_gguf_adapter(request["asker_gguf"], asker)
             ask_s = facts.train_s
     return asdict(result) | {"ask_s": ask_s}
+
+
+def _of_rank(settings: TrainSettings, night: Night) -> TrainSettings:
+    """Return settings with the rank that a night has: as much as the adapter that it goes on from at least."""
+    before = [len(a) for a, _ in night.start.pairs.values()] if night.start else []
+    r = max([settings.rank(bool(night.in_blocks)), *before])
+    return replace(settings, r=r, lora_alpha=settings.lora_alpha * r / settings.r)
 
 
 def _asking(settings: TrainSettings) -> TrainSettings:

@@ -1,7 +1,8 @@
-"""Stochastic rounding on the base's own grid: unbiased, repeatable, and only codes move."""
+"""Updates on the base's own grid: on codes, unbiased, repeatable; on minimums, with nothing lost."""
 
 import itertools
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from edgecl_convert import ConvertError
 from edgecl_convert.ggml import Bytes, F32Array, QType, block_size, dequantize, quantize
-from edgecl_convert.grid import GRID_TYPES, add_on_grid, dither
+from edgecl_convert.grid import (
+    GRID_TYPES,
+    MINIMUM_TYPES,
+    WITH_MINIMUMS,
+    add_on_grid,
+    add_to_minimums,
+    by_block,
+    dither,
+    with_minimums,
+)
 
 N_PER_ROW = 256
 F16 = np.dtype("<f2")
@@ -34,16 +44,16 @@ def model(qtype: QType, rows: int = 64, seed: int = 0) -> Bytes:
     return quantize(weights, qtype)
 
 
-def by_block(blocks: Bytes, qtype: QType) -> Bytes:
+def by_block_of(blocks: Bytes, qtype: QType) -> Bytes:
     return blocks.reshape(-1, PLACES[qtype][0])
 
 
 def with_codes(blocks: Bytes, qtype: QType, end: bool) -> Bytes:
     """The same blocks with every code at the lower or upper end of its range."""
     out, (_, _, low, high) = blocks.copy(), PLACES[qtype]
-    by_block(out, qtype)[:, low] = by_block(out, qtype)[:, high] = 0xFF if end else 0
+    by_block_of(out, qtype)[:, low] = by_block_of(out, qtype)[:, high] = 0xFF if end else 0
     if qtype == QType.Q8_0:  # two's complement
-        by_block(out, qtype)[:, low] ^= 0x80
+        by_block_of(out, qtype)[:, low] ^= 0x80
     return out
 
 
@@ -126,7 +136,7 @@ def test_only_code_bits_change_and_ggml_reads_the_moved_codes(qtype: QType, seed
     update = (step * rng.standard_normal(step.shape) * size).astype(np.float32)
     after = add_on_grid(blocks, qtype, update, "w")
 
-    changed = by_block(after ^ blocks, qtype).any(0)
+    changed = by_block_of(after ^ blocks, qtype).any(0)
     changed[low] = changed[high] = False
     assert not changed.any() and not np.array_equal(after, blocks)
 
@@ -199,10 +209,10 @@ def test_codes_stop_at_the_ends_of_their_range(qtype: QType, sign: int) -> None:
 @grid_types
 def test_a_block_of_zero_scale_stays(qtype: QType) -> None:
     blocks = model(qtype)
-    by_block(blocks, qtype)[3, PLACES[qtype][1]] = 0
+    by_block_of(blocks, qtype)[3, PLACES[qtype][1]] = 0
     after = add_on_grid(blocks, qtype, np.ones((64, N_PER_ROW), np.float32), "w")
-    np.testing.assert_array_equal(by_block(after, qtype)[3], by_block(blocks, qtype)[3])
-    assert not np.array_equal(by_block(after, qtype)[4], by_block(blocks, qtype)[4])
+    np.testing.assert_array_equal(by_block_of(after, qtype)[3], by_block_of(blocks, qtype)[3])
+    assert not np.array_equal(by_block_of(after, qtype)[4], by_block_of(blocks, qtype)[4])
 
 
 @pytest.mark.parametrize(
@@ -230,12 +240,84 @@ def test_scales_and_updates_that_are_not_finite_are_refused(qtype: QType, value:
     floats = PLACES[qtype][1]
     for at in range(floats.start, floats.stop, 2):
         blocks = model(qtype)
-        by_block(blocks, qtype)[3, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+        by_block_of(blocks, qtype)[3, at : at + 2] = np.array([value], np.float16).view(np.uint8)
         with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
             add_on_grid(blocks, qtype, update, "blk.1.w")
     update[5, 7] = value
     with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
         add_on_grid(model(qtype), qtype, update, "blk.1.w")
+
+
+# --- minimums ---------------------------------------------------------------------------------------------------------
+
+minimum_types = pytest.mark.parametrize("qtype", MINIMUM_TYPES, ids=lambda t: t.name)
+
+
+@pytest.mark.parametrize("qtype", WITH_MINIMUMS, ids=lambda t: t.name)
+@pytest.mark.parametrize("model", [model, mid_range])
+def test_weights_have_a_place_in_a_type_with_minimums(qtype: QType, model: Callable[[QType, int], Bytes]) -> None:
+    """Exactly, but where steps and minimums are products of a float16 and six bits: then float16 rounds both."""
+    blocks, target = model(qtype, 64), WITH_MINIMUMS[qtype]
+    before, step = dequantize(blocks, qtype, N_PER_ROW), np.abs(steps(blocks, qtype))
+    first = dequantize(with_codes(blocks, qtype, False), qtype, N_PER_ROW)
+    after = with_minimums(blocks, qtype, "w")
+    missed = np.abs(dequantize(after, target, N_PER_ROW) - before)
+    n_codes = 2 ** int(qtype.name[1])
+    allowed = (step * (n_codes - 1) + np.abs(first)) * 2.0**-11 + 1e-7 if "_K" in qtype.name else np.zeros_like(step)
+    assert (missed <= allowed).all()
+    moved = moves(after, add_on_grid(after, target, steps(after, target) * np.float32(1), "w"), target)
+    assert {1} <= set(np.unique(np.round(moved))) <= {0, 1}, "the codes are there, with their steps"
+
+
+@minimum_types
+def test_an_update_of_whole_blocks_is_in_the_minimums_but_for_what_float16_rounds(qtype: QType) -> None:
+    blocks = model(qtype)
+    update = np.random.default_rng(2).standard_normal((64, N_PER_ROW // 32), np.float32) * np.float32(0.02)
+    after = add_to_minimums(blocks, update, "w")
+    before, now = (by_block_of(b, qtype) for b in (blocks, after))
+    np.testing.assert_array_equal(np.delete(now, [2, 3], 1), np.delete(before, [2, 3], 1))
+    minimums = [halves[:, 2:4].copy().view(F16).ravel() for halves in (before, now)]
+    np.testing.assert_array_equal(minimums[1], (minimums[0].astype(np.float32) + update.ravel()).astype(F16))
+    change = dequantize(after, qtype, N_PER_ROW) - dequantize(blocks, qtype, N_PER_ROW)
+    wanted = np.repeat(update, 32, 1)
+    assert ((change - wanted) ** 2).mean() < 1e-3 * (wanted**2).mean()
+    assert np.abs(change - wanted).max() < 0.01 * np.abs(steps(blocks, qtype)).max()
+
+
+@minimum_types
+def test_no_update_of_minimums_changes_no_byte_and_the_base_stays(qtype: QType) -> None:
+    blocks = model(qtype)
+    blocks.flags.writeable = False
+    for zero in (0.0, -0.0):
+        np.testing.assert_array_equal(add_to_minimums(blocks, np.full((64, 8), zero, np.float32), "w"), blocks)
+    assert with_minimums(blocks, qtype, "w") is blocks
+
+
+@minimum_types
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_minimums_and_updates_that_float16_does_not_have_are_refused(qtype: QType, value: float) -> None:
+    update = np.zeros((64, 8), np.float32)
+    for at in (0, 2):
+        blocks = model(qtype)
+        by_block_of(blocks, qtype)[3, at : at + 2] = np.array([np.nan], np.float16).view(np.uint8)
+        with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
+            add_to_minimums(blocks, update, "blk.1.w")
+    update[5, 7] = value
+    with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
+        add_to_minimums(model(qtype), update, "blk.1.w")
+    blocks = model(QType.Q4_0)
+    by_block_of(blocks, QType.Q4_0)[3, :2] = np.array([9000], np.float16).view(np.uint8)  # times 8 is beyond float16
+    with pytest.raises(ConvertError, match=r"tensor blk\.1\.w has NaN or infinite"):
+        with_minimums(blocks, QType.Q4_0, "blk.1.w")
+
+
+def test_a_factor_is_told_to_be_the_same_over_blocks() -> None:
+    low = np.random.default_rng(0).standard_normal((4, 3), np.float32)
+    a = low.repeat(32, 1)
+    np.testing.assert_array_equal(by_block(a), low)
+    a[2, 40] = np.nextafter(a[2, 40], np.float32(9))
+    assert by_block(a) is None
+    assert by_block(low.repeat(24, 1)) is None, "72 columns are not whole blocks"
 
 
 # --- the dither -------------------------------------------------------------------------------------------------------

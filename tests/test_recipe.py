@@ -25,7 +25,7 @@ def test_a_recipe_is_found_in_any_case(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "int4", "Q4_K_S", "Q8_K", "I32", "IQ2_XXS", "q8_0 "])
 def test_an_unknown_recipe_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"keep, keep_kv8, F32, .*Q4_K_M; got"):
+    with pytest.raises(UnsupportedError, match=r"keep, keep_minimums, F32, .*Q4_K_M; got"):
         Recipe.named(name)
 
 
@@ -92,17 +92,24 @@ Q, DOWN, EMBEDDING = "blk__0__attn_q__weight", "blk__0__ffn_down__weight", "toke
 def test_int4_is_the_bases_own_types_else_what_its_rows_allow(tmp_path: Path, tensors: dict[str, Any], int4: str) -> None:
     with one_of_each(tmp_path / "m.gguf", **tensors) as base:
         assert resolve_quant("int4", base) == int4
-        assert resolve_quant("int4", base, learned=True) == int4.replace("keep", "keep_kv8")
+        assert resolve_quant("int4", base, learned=True) == int4.replace("keep", "keep_minimums")
         assert resolve_quant("int8", base) == "Q8_0"
 
 
-def test_keep_kv8_widens_keys_and_values_of_few_bits_alone(tmp_path: Path) -> None:
-    tensors = {Q: QType.Q4_0, "blk__0__attn_k__weight": QType.Q4_0, "blk__0__attn_v__weight": QType.Q5_0}
-    tensors |= {"blk__1__attn_k__weight": QType.F16, "blk__1__attn_v__weight": QType.Q8_0, EMBEDDING: QType.Q4_0}
-    with one_of_each(tmp_path / "m.gguf", **{name: (qtype, 64) for name, qtype in tensors.items()}) as base:
-        recipe = Recipe.named("keep_kv8")
+def test_keep_minimums_gives_layers_of_four_and_five_bits_a_type_that_has_them(tmp_path: Path) -> None:
+    layers = {Q: QType.Q4_0, "blk__0__attn_k__weight": QType.Q4_1, "blk__0__attn_v__weight": QType.Q5_0, DOWN: QType.Q6_K}
+    layers |= {"blk__1__ffn_up__weight": QType.Q4_K, "blk__1__ffn_gate__weight": QType.Q5_K}
+    layers |= {"blk__1__attn_k__weight": QType.F16, "blk__1__attn_v__weight": QType.Q8_0, EMBEDDING: QType.Q4_0}
+    tensors = {name: (qtype, 256) for name, qtype in layers.items()}
+    with one_of_each(tmp_path / "m.gguf", **tensors) as base:
+        recipe = Recipe.named("keep_minimums")
         changed = {n: recipe.qtype(i, 2, True).name for n, i in base.tensors.items() if recipe.qtype(i, 2, True) != i.qtype}
-        assert changed == {"blk.0.attn_k.weight": "Q8_0", "blk.0.attn_v.weight": "Q8_0"}
+        assert changed == {
+            "blk.0.attn_q.weight": "Q4_1",
+            "blk.0.attn_v.weight": "Q5_1",
+            "blk.1.ffn_up.weight": "Q4_1",
+            "blk.1.ffn_gate.weight": "Q5_1",
+        }
         assert recipe.file_type(base) is None
 
 

@@ -75,7 +75,7 @@ def test_a_cell_reports_how_far_int4_is_from_int8(
     def watched(run: _Run, learner: Learner, served: dict[str, Any]) -> dict[str, Any]:
         adapter = read_gguf_adapter(learner.generations.current().folder / "adapter.gguf")
         with GgufFile(base) as file:
-            merge(file, adapter, tmp_path / "int4.gguf", "keep_kv8")
+            merge(file, adapter, tmp_path / "int4.gguf", "keep_minimums")
         rows = [row for task in stream.tasks for row in stream.test[task]]
         scores = learner.meter().scores(unpublished(tmp_path, tmp_path / "int4.gguf", None), rows)
         at_int4.append([(score.correct, score.loss_nats) for score in scores.values()])

@@ -36,7 +36,6 @@ LAYERS = (
         "places",
         "imports",
         "rows",
-        "rounded",
     },
     {"train", "engine", "store", "generations", "device", "timer", "tries", "template"},
     {

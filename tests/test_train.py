@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,9 +19,11 @@ from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
 from edgecl.train.packing import tree
 from edgecl.train.weights import Placement
-from edgecl_convert import GgufFile
+from edgecl_convert import GgufFile, in_minimums, merge
+from edgecl_convert.grid import by_block
 from edgecl_convert.names import module_of
 
+Q = gguf.GGMLQuantizationType
 FAST = TrainSettings(r=8, lora_alpha=16.0, epochs=20, depth=1.0, min_steps=1, anchor_weight=0.0, learning_rate=5e-3)
 PREFIX = random_tokens(20, seed=100)  # longer than gemma3's window
 BOUND = 1e-5  # relative error of a float32 gradient
@@ -301,3 +304,43 @@ def test_loss_that_is_not_a_number_is_an_error(models, monkeypatch):
     monkeypatch.setattr(loop, "backward", lambda *arguments: [float("nan")] * len(arguments[2]))
     with pytest.raises(Diverged, match=r"step 1 of 20 \(rows: new [123], .*learning_rate"):
         fit(base, facts(3, 1), [], FAST)
+
+
+# --- what is merged into minimums -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("qtype", "tied"), [(Q.Q4_0, True), (Q.Q4_1, True), (Q.Q5_0, True), (Q.Q8_0, False), (Q.F16, False)])
+def test_what_is_learned_on_four_bits_is_all_in_the_file_of_four_bits(tmp_path, qtype, tied):
+    rows = facts(12, 1)
+    with GgufFile(build(tmp_path / "tiny.gguf", qtype=qtype, width=128)[0]) as base:
+        in_blocks = in_minimums(base, "keep_minimums")
+        adapter, _ = fit(base, rows, [], FAST, Night(in_blocks=in_blocks))
+        assert all((by_block(a) is not None) == tied for a, _ in adapter.pairs.values())
+        report = merge(base, adapter, tmp_path / "merged.gguf", "keep_minimums")
+        with GgufFile(tmp_path / "merged.gguf") as merged:
+            learned, served = answer_loss(base, adapter, rows), answer_loss(merged, None, rows)
+        assert learned < 0.2 * answer_loss(base, None, rows)
+        if tied:
+            assert report.rounded == {"minimums": len(adapter.pairs)}
+            assert served == pytest.approx(learned, rel=0.02)
+        again, _ = fit(base, rows, [], replace(FAST, epochs=1), Night(start=adapter, in_blocks=in_blocks))
+        assert all((by_block(a) is not None) == tied for a, _ in again.pairs.values()), "the next night goes on like it"
+        whole, _ = fit(base, rows, [], replace(FAST, epochs=1))
+        assert all(by_block(a) is None for a, _ in whole.pairs.values())
+
+
+def test_an_adapter_that_differs_within_blocks_goes_on_doing_so(tmp_path):
+    with GgufFile(build(tmp_path / "tiny.gguf", qtype=Q.Q4_1, width=128)[0]) as base:
+        older = random_adapter(base, size=0.1)
+        night = Night(start=older, in_blocks=in_minimums(base, "keep"))
+        adapter, _ = fit(base, facts(4, 1), [], replace(FAST, epochs=1), night)
+        assert all(by_block(a) is None for a, _ in adapter.pairs.values())
+
+
+@pytest.mark.parametrize("depth", [1.0, 0.5])
+def test_a_larger_rank_changes_nothing_of_what_an_adapter_does(models, depth):
+    base, _ = models("llama")
+    older = random_adapter(base, size=0.1)
+    untouched, _ = fit(base, facts(4, 1), [], replace(FAST, depth=depth), Night(start=older), minutes=1e-9)
+    assert len(older.pairs["blk.0.attn_q.weight"][0]) < FAST.r
+    assert answer_loss(base, untouched, ROWS) == pytest.approx(answer_loss(base, older, ROWS), rel=1e-5)

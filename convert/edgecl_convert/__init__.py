@@ -17,7 +17,7 @@ from .errors import AdapterError, ConvertError, GgufError, UnsupportedError
 from .gguf_file import GgufFile
 from .hf_model import HfModel
 from .imatrix import Imatrix, measure, read_or_measure
-from .merge import MergeReport, merge, update_survival
+from .merge import MergeReport, in_minimums, merge, update_survival
 from .probe import ProbeReport, check_probeable, probe
 from .probe_plot import check_plot
 from .probe_plot import draw as draw_probes
@@ -49,6 +49,7 @@ __all__ = [
     "choose_recipe",
     "draw_probes",
     "fsync_folder",
+    "in_minimums",
     "measure",
     "merge",
     "open_source",

@@ -1,15 +1,21 @@
 """Adding an update to weights that must stay on the base's own quantization grid.
 
 A night's update is a few percent of a quantization step: rounding to nearest puts every weight back where it was, and
-the night is gone. Here each block keeps its scales and only its codes move, by `floor(update / step + u)` with u uniform
-in [0, 1): the update survives in expectation, and a weight without an update keeps its code exactly. u is a hash of the
-tensor's name and the weight's index, so the same adapter always gives the same file and an update that did not change
-from one night to the next does not roll again.
+the night is gone. There are two ways that keep it.
+
+*Minimums.* A block of Q4_1 or Q5_1 is 32 times step * code + minimum. An update that is the same for all of a block's
+weights is added to its minimum, and no code moves (QA-LoRA, Xu et al. 2024). What is lost is what float16 leaves of the
+minimum: about a thousandth of a step. Weights of other types of 4 and 5 bits have a place in these (`with_minimums`).
+
+*Codes.* Any other update moves codes, by `floor(update / step + u)` with u uniform in [0, 1): scales stay, the update
+survives in expectation, and a weight without an update keeps its code exactly. u is a hash of the tensor's name and the
+weight's index, so the same adapter always gives the same file and an update that did not change from one night to the
+next does not roll again.
 
 All types go one way: weight = step * code - something that stays. A `_Layout` says where a block keeps its float16
 scales, what multiplies them for each group of weights, and the bit planes that its codes are cut into.
 
-*Does not cover*: updates larger than the grid's range, which are clipped (a block's extreme weight is at its end).
+*Does not cover*: updates of codes larger than the grid's range, which are clipped (a block's extreme weight is at its end).
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConvertError
-from .ggml import Bytes, F32Array, QType, block_size
+from .ggml import Bytes, F32Array, QType, block_size, dequantize_rows, row_bytes
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,68 @@ _LAYOUTS = {
     ),
 }
 GRID_TYPES = tuple(_LAYOUTS)
+MINIMUM_TYPES = (QType.Q4_1, QType.Q5_1)
+MINIMUM_BLOCK = 32  # weights that have a minimum in common
+WITH_MINIMUMS = {
+    QType.Q4_0: QType.Q4_1, QType.Q4_1: QType.Q4_1, QType.Q4_K: QType.Q4_1,
+    QType.Q5_0: QType.Q5_1, QType.Q5_1: QType.Q5_1, QType.Q5_K: QType.Q5_1,
+}  # fmt: skip
+
+
+def with_minimums(blocks: Bytes, qtype: QType, name: str) -> Bytes:
+    """Return `blocks` (rows, row_bytes) as the type that WITH_MINIMUMS has for `qtype`: the same codes, other scales.
+
+    Of Q4_0 and Q5_0 weights stay what they are. Those of Q4_K and Q5_K, whose steps and minimums are products of a float16 and
+    six bits, are rounded to float16: by a 250th of a step at most, or by what float16 leaves of a larger minimum.
+
+    Raises:
+        ConvertError: scales or minimums that are not finite, or beyond the range of float16.
+    """
+    target = WITH_MINIMUMS[qtype]
+    if target == qtype:
+        return blocks
+    layout, n = _LAYOUTS[qtype], block_size(qtype)
+    flat = np.array(blocks).reshape(-1, row_bytes(qtype, n))  # (blocks, bytes)
+    steps = _steps(flat, layout).ravel()  # of each 32 weights, in all of these types
+    codes = np.zeros((len(flat), n), np.uint8)
+    for plane in layout.planes:
+        codes += plane.unpack(flat, codes.shape)
+        plane.pack(np.zeros_like(codes), flat)
+    minimums = dequantize_rows(flat, qtype, n)[:, ::MINIMUM_BLOCK].ravel()  # what weights are where their code is 0
+    out = np.empty((len(steps), row_bytes(target, MINIMUM_BLOCK)), np.uint8)
+    with np.errstate(over="ignore"):
+        halves = np.stack([steps, minimums], 1).astype(np.float16)
+    _check_finite(name, halves)
+    out[:, :4] = halves.view(np.uint8)
+    for plane in _LAYOUTS[target].planes:
+        plane.pack(codes.reshape(-1, MINIMUM_BLOCK), out)
+    return out.reshape(len(blocks), -1)
+
+
+def by_block(a: F32Array) -> F32Array | None:
+    """Return lora_A (r, in / 32) where all weights of a block get the same of (r, in), None where they do not."""
+    r, n_in = a.shape
+    blocks = a.reshape(r, -1, MINIMUM_BLOCK) if n_in % MINIMUM_BLOCK == 0 else None
+    return blocks[..., 0] if blocks is not None and (blocks == blocks[..., :1]).all() else None
+
+
+def add_to_minimums(blocks: Bytes, update: F32Array, name: str) -> Bytes:
+    """Return `blocks` with `update` added to their minimums; codes and scales stay bit for bit.
+
+    Args:
+        blocks: (rows, row_bytes) of Q4_1 or Q5_1.
+        update: (rows, n_per_row / 32), the same for all weights of a block.
+
+    Raises:
+        ConvertError: scales, minimums or updates that are not finite, or beyond the range of float16.
+    """
+    out = np.array(blocks).reshape(update.size, -1)  # (blocks, bytes)
+    halves = out[:, :4].copy().view(np.float16)  # step and minimum
+    with np.errstate(over="ignore", invalid="ignore"):
+        halves[:, 1] = halves[:, 1].astype(np.float32) + update.ravel()
+    _check_finite(name, halves)
+    out[:, :4] = halves.view(np.uint8)
+    return out.reshape(blocks.shape)
 
 
 def dither(name: str, first: int, count: int) -> F32Array:
@@ -142,19 +210,31 @@ def add_on_grid(blocks: Bytes, qtype: QType, update: F32Array, name: str, first:
     """
     layout, n = _LAYOUTS[qtype], block_size(qtype)
     out = np.array(blocks).reshape(update.size // n, -1)  # (blocks, bytes)
-    scales = out[:, layout.scales].copy().view(np.float16)  # (blocks, 1), with a minimum (blocks, 2)
-    step = scales[:, :1].astype(np.float32)  # (blocks, 1) or (blocks, groups)
-    if layout.factors is not None:
-        step = step * layout.factors(out).astype(np.float32)  # 11 bits times 8: exact
+    step = _steps(out, layout)
     with np.errstate(divide="ignore"):
         inverse = np.where(step == 0, np.float32(0), np.float32(1) / step)
     moves = update.reshape(inverse.size, -1) * inverse.reshape(-1, 1)
     moves += dither(name, first, update.size).reshape(moves.shape)
     np.floor(moves, out=moves)
-    if not (np.isfinite(scales).all() and np.isfinite(moves).all()):
-        raise ConvertError(f"tensor {name} has NaN or infinite weights or updates; use a sound base and adapter")
+    _check_finite(name, _scales(out, layout), moves)
     _move_codes(out, layout.planes, moves.reshape(-1, n))
     return out.reshape(blocks.shape)
+
+
+def _scales(blocks: Bytes, layout: _Layout) -> NDArray[np.float16]:
+    """Return the float16 values of (blocks, bytes): the step's, and a minimum's where there is one."""
+    return blocks[:, layout.scales].copy().view(np.float16)
+
+
+def _steps(blocks: Bytes, layout: _Layout) -> F32Array:
+    """Return the step of each group of weights, (blocks, groups), of (blocks, bytes)."""
+    step = _scales(blocks, layout)[:, :1].astype(np.float32)
+    return step if layout.factors is None else step * layout.factors(blocks).astype(np.float32)  # 11 bits times 8: exact
+
+
+def _check_finite(name: str, *found: NDArray[np.floating]) -> None:
+    if not all(np.isfinite(values).all() for values in found):
+        raise ConvertError(f"tensor {name} has NaN or infinite weights or updates; use a sound base and adapter")
 
 
 def _move_codes(out: Bytes, planes: tuple[_Plane, ...], moves: F32Array) -> None:

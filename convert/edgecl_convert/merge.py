@@ -3,7 +3,8 @@
 Weights are always computed from the base, which is never written to; a chunk of rows is decoded, updated and encoded by one
 worker while it is in the cache, so peak memory is the largest tensor's blocks, not the model. A tensor whose type does not
 change and that the adapter does not touch is copied byte for byte; one that it touches stays on the base's own grid
-(`grid`) where the type allows, because rounding to nearest there erases the update.
+(`grid`) where the type allows, because rounding to nearest there erases the update: on its minimums where the update is
+the same over each block, else on its codes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .ggml import (
     row_bytes,
 )
 from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, encode_field, file_bytes, write_gguf
-from .grid import GRID_TYPES, add_on_grid
+from .grid import GRID_TYPES, MINIMUM_TYPES, add_on_grid, add_to_minimums, by_block, with_minimums
 from .imatrix import Imatrix
 from .recipe import Recipe, model_shape
 from .source import Source
@@ -51,7 +52,7 @@ class MergeReport:
     Attributes:
         merge_s: wall seconds, the final fsync included.
         qtypes: tensors by type in the written file.
-        rounded: touched tensors by how they were written: "stochastic", "nearest" or "float".
+        rounded: touched tensors by how they were written: "minimums", "stochastic", "nearest" or "float".
         copied: tensors copied byte for byte.
         notes: what the user should know, such as types that do not divide some rows.
     """
@@ -78,7 +79,7 @@ def merge(
 
     Args:
         quant: "keep" leaves every tensor its type; a recipe gives all weights new ones.
-        rounding: for touched tensors that keep a type of grid.GRID_TYPES. Tensors that change type are rounded to nearest.
+        rounding: for touched tensors that keep their grid. Tensors that change type are rounded to nearest.
         imatrix: importance of the columns of what is quantized; tensors that it lacks are quantized without, and noted.
 
     Raises:
@@ -107,7 +108,9 @@ def merge(
                 progress(done, len(plan), tensor.name)
             importance = imatrix.importance(tensor.name) if imatrix else None
             encode = partial(recipe.quantizer, qtype=tensor.qtype, imatrix=importance)
-            yield _tensor(base, base.tensors[tensor.name], tensor.qtype, adapter, encode, rounding, n_threads, report)
+            info = base.tensors[tensor.name]
+            on_grid = rounding == "stochastic" and _stays(base, tensor, recipe)
+            yield _tensor(base, info, tensor.qtype, adapter, encode, on_grid, n_threads, report)
             base.release(tensor.name)
         if progress:
             progress(len(plan), len(plan), "")
@@ -128,6 +131,18 @@ def planned_tensors(base: Source, recipe: Recipe) -> list[PlannedTensor]:
     """Return the tensors of the file that `merge` would write, each with the type that it gets."""
     shape = model_shape(base)
     return [PlannedTensor(info.name, info.shape, recipe.qtype(info, *shape)) for info in base.tensors.values()]
+
+
+def in_minimums(base: Source, quant: str) -> set[str]:
+    """Return the weights of layers whose updates `merge` adds to minimums, where these are the same over each block."""
+    recipe = Recipe.named(quant)
+    layers = (tensor for tensor in planned_tensors(base, recipe) if tensor.name.startswith("blk."))
+    return {tensor.name for tensor in layers if tensor.qtype in MINIMUM_TYPES and _stays(base, tensor, recipe)}
+
+
+def _stays(base: Source, tensor: PlannedTensor, recipe: Recipe) -> bool:
+    """Return whether a tensor stays on the base's own grid."""
+    return (tensor.qtype == base.tensors[tensor.name].qtype or recipe.keeps) and tensor.qtype in GRID_TYPES
 
 
 def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[bytes]:
@@ -165,7 +180,7 @@ def _tensor(
     qtype: QType,
     adapter: Adapter | None,
     encode: Callable[[F32Array], Bytes],
-    rounding: str,
+    on_grid: bool,
     n_threads: int,
     report: MergeReport,
 ) -> Bytes:
@@ -182,17 +197,25 @@ def _tensor(
         if qtype in FLOAT_TYPES:
             each_chunk(n_rows, n_per_row, lambda start, stop: check(source[start:stop]), n_threads or default_threads())
         return source
-    on_grid = pair is not None and qtype == info.qtype and qtype in GRID_TYPES and rounding == "stochastic"
+    low = None
     if pair is not None and adapter is not None:
-        how = "stochastic" if on_grid else "float" if qtype in FLOAT_TYPES else "nearest"
-        report.rounded[how] = report.rounded.get(how, 0) + 1
         a, b = pair[0], (pair[1] * np.float32(adapter.scaling(info.name))).astype(np.float32)
+        low = by_block(a) if on_grid and qtype in MINIMUM_TYPES else None
+        in_codes = "stochastic" if on_grid else "float" if qtype in FLOAT_TYPES else "nearest"
+        how = in_codes if low is None else "minimums"
+        report.rounded[how] = report.rounded.get(how, 0) + 1
     out = np.empty((n_rows, row_bytes(qtype, n_per_row)), np.uint8)
 
     def work(start: int, stop: int) -> None:
         rows = source[start:stop]
         if on_grid:
-            out[start:stop] = add_on_grid(rows, qtype, b[start:stop] @ a, info.name, start * n_per_row)
+            if qtype != info.qtype:
+                rows = with_minimums(rows, info.qtype, info.name)
+            if low is not None:
+                rows = add_to_minimums(rows, b[start:stop] @ low, info.name)
+            elif pair is not None:
+                rows = add_on_grid(rows, qtype, b[start:stop] @ a, info.name, start * n_per_row)
+            out[start:stop] = rows
             return
         weights = dequantize_rows(rows, info.qtype, n_per_row)
         if pair is not None:

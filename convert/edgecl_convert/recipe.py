@@ -3,8 +3,8 @@
 A recipe is a name: a tensor type (Q8_0, Q4_0, F16 ...), which all weight matrices get, or one of llama.cpp's mixtures
 (Q4_K_M); or `adaptive`, which names a type for each tensor. Rows that do not divide by a type's block fall back as
 llama.cpp's rule has it. Norms and other vectors stay F32.
-`keep` leaves every tensor its type; `keep_kv8` too, but for attention keys and values of less than 6 bits, which get Q8_0:
-3% of SmolLM2's bytes, and half of what stochastic rounding of a night costs it in general ability.
+`keep` leaves every tensor its type; `keep_minimums` too, but for weights of the layers of 4 or 5 bits that have no minimum of
+float16 for every 32 of them, which get one: what nights learn is added there (`grid`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from gguf import LlamaFileType
 
 from .errors import UnsupportedError
-from .ggml import Bytes, QType, bits_per_weight, block_size, qtype_named, quantize_rows, quantize_unshrunk
+from .ggml import Bytes, QType, block_size, qtype_named, quantize_rows, quantize_unshrunk
 from .gguf_file import TensorInfo
+from .grid import WITH_MINIMUMS
 from .source import Source
 
-KEEP, KEEP_KV8, ADAPTIVE = "keep", "keep_kv8", "adaptive"
-_KEEPING = (KEEP, KEEP_KV8)
+KEEP, KEEP_MINIMUMS, ADAPTIVE = "keep", "keep_minimums", "adaptive"
+_KEEPING = (KEEP, KEEP_MINIMUMS)
 MIXTURES = ("Q4_K_M",)
 # llama.cpp: a type whose block does not divide the row -> the type to take instead
 _FALLBACK = {
@@ -38,7 +39,7 @@ class Recipe:
     """A resolved recipe.
 
     Attributes:
-        quant: `keep`, `keep_kv8`, a tensor type, a mixture, or `adaptive`.
+        quant: `keep`, `keep_minimums`, a tensor type, a mixture, or `adaptive`.
         types: by tensor, for `adaptive`; a tensor that is not named keeps its type.
         predicted_nats: KL divergence per token that `adaptive` expects, where sensitivities were measured.
     """
@@ -77,9 +78,8 @@ class Recipe:
             return self.types.get(info.name, info.qtype)
         if self.quant == KEEP or not is_weight(info):
             return info.qtype
-        if self.quant == KEEP_KV8:
-            narrow = any(part in info.name for part in (".attn_k.", ".attn_v.")) and bits_per_weight(info.qtype) < 6
-            return QType.Q8_0 if narrow else info.qtype
+        if self.quant == KEEP_MINIMUMS:
+            return WITH_MINIMUMS.get(info.qtype, info.qtype) if info.name.startswith("blk.") else info.qtype
         return _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
 
     @property
@@ -126,7 +126,7 @@ def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
     Where it has none, int4 is Q4_K_M if rows divide by 256, else Q4_1.
 
     Args:
-        learned: an adapter will be merged in, which on 4-bit types costs least with `keep_kv8`.
+        learned: nights' adapters will be merged in, which loses nothing with `keep_minimums`.
 
     Raises:
         UnsupportedError: no such quant.
@@ -137,7 +137,7 @@ def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
         return Recipe.named(quant).quant
     weights = [info for info in source.tensors.values() if info.name.startswith("blk.") and len(info.shape) > 1]
     if all(info.qtype.name in ("Q4_0", "Q4_1", "Q4_K") for info in weights):
-        return KEEP_KV8 if learned else KEEP
+        return KEEP_MINIMUMS if learned else KEEP
     return "Q4_K_M" if all(info.shape[-1] % 256 == 0 for info in weights) else "Q4_1"
 
 

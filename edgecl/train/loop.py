@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,6 @@ class TrainReport:
     losses: list[float] = field(default_factory=list)
     heldout: dict[int, float] = field(default_factory=dict)
 
-    def go_on(self, last: TrainReport) -> None:
-        """Add what a second run did that went on with the same rows, and what was expected of it."""
-        self.plan += f", and {last.predicted_s:.0f} s more"
-        self.predicted_s += last.predicted_s
-        self.predicted_rss_bytes = max(self.predicted_rss_bytes, last.predicted_rss_bytes)
-        self.steps, self.tokens, self.train_s = self.steps + last.steps, self.tokens + last.tokens, self.train_s + last.train_s
-        self.tokens_per_s = self.tokens / max(self.train_s, 1e-9)
-        self.losses += last.losses
-        self.stopped_early |= last.stopped_early
-        self.unmet = [i for i in self.unmet if i in last.unmet]
-
 
 @dataclass
 class Night:
@@ -101,8 +90,8 @@ class Night:
         checkpoint: the file that an interrupted run goes on from; None: none is written.
         checkpoint_every_s: an interrupted run loses at most so much.
         base_sha256: of the base's file, as the checkpoint names it.
-        is_rounded: whether weights are not the base's own: what `store` has of states is not theirs.
         samples: whether losses are taken over a `Sample` of the vocabulary: for rows to be known by heart, without an anchor.
+        in_blocks: names of weights that are merged into minimums, as for `Lora`.
         stop: asked before each step: whether the run must save its checkpoint and end with NotNow.
     """
 
@@ -113,8 +102,8 @@ class Night:
     checkpoint: Path | None = None
     checkpoint_every_s: float = 60.0
     base_sha256: str = ""
-    is_rounded: bool = False
     samples: bool = False
+    in_blocks: Collection[str] = ()
     stop: Callable[[], bool] = bool  # bool() is False
 
 
@@ -185,14 +174,14 @@ class _Run:
         self.sample = Sample(self.decoder.weights, self.new) if night.samples else None
 
         def lora(first_layer: int) -> Lora:
-            return Lora(gguf, shape, settings.r, settings.lora_alpha, settings.seed, self.place, first_layer)
+            r, alpha, seed = settings.r, settings.lora_alpha, settings.seed
+            return Lora(gguf, shape, r, alpha, seed, self.place, first_layer, self.night.in_blocks)
 
         self.plan = self._in_time(plan, lora, bool(texts), found)
         self.lora = lora(self.plan.first_layer)
         if night.start is not None:
             self.lora.warm_start(night.start)
-        states = None if night.is_rounded else night.store
-        self.latents = Latents(self.decoder, self.lora, states) if states and self.plan.first_layer else None
+        self.latents = Latents(self.decoder, self.lora, night.store) if night.store and self.plan.first_layer else None
         self.anchors = anchors(self.decoder, texts, None if self.lora.digest_below() else self.latents, night.store)
         self.optimizer = AdamW(self.lora.flat, settings.weight_decay, settings.max_grad_norm)
         self.averaged = self.lora.flat.detach().clone() if settings.ema_decay else None
@@ -241,7 +230,7 @@ class _Run:
         text = self.night.anchor[0][::EVERY] if has_anchor else None
         typical = Typical(by_size[len(by_size) // 2], text, self.sample)
         n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
-        share_first = n_distinct / n_rows if self.night.store and not self.night.is_rounded else 1.0
+        share_first = n_distinct / n_rows if self.night.store else 1.0
         return plan_time(
             plan,
             self.decoder,
@@ -257,9 +246,8 @@ class _Run:
 
     def _facts(self) -> Facts:
         """Return what this run depends on; limits change where it stops, not where it goes."""
-        digest = hashlib.blake2b(
-            json.dumps([asdict(self.settings), RECIPE, NTH if self.night.samples else 0]).encode(), digest_size=16
-        )
+        told = [asdict(self.settings), RECIPE, sorted(self.night.in_blocks), NTH if self.night.samples else 0]
+        digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=16)
         for row in (row for batch in self.batches for row in batch):
             digest.update(np.array([len(row.ids), *row.ids, *row.supervised], np.int64).tobytes())
         for name, pair in self.night.start.pairs.items() if self.night.start else ():
@@ -344,6 +332,7 @@ class _Run:
         value = sum(each) / len(rows)
         if step < self.evenly_until:
             self.rehearsal.note(step, rows, each)
+        self.lora.tie_gradients()
         norm = self.optimizer.clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise Diverged(

@@ -1,5 +1,8 @@
 """LoRA: y = W x + scaling * B (A x), with W frozen, A and B trained in float32.
 
+Of weights that are merged into minimums (`edgecl_convert.grid`), A is the same over the 32 columns of a block, as in QA-LoRA
+(Xu et al. 2024): so a file of 4 bits has all of the update.
+
 All factors lie in one flat parameter: one optimizer step, one norm, one cast a step. Adapters cross this module's border in
 GGUF's layout (`edgecl_convert.Adapter`); inside, rows are in transformers' order.
 """
@@ -8,14 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from edgecl_convert import Adapter, AdapterError, GgufFile
+from edgecl_convert.grid import MINIMUM_BLOCK, by_block
 from edgecl_convert.names import PROJECTIONS, from_gguf_rows, head_counts, n_heads_permuted, to_gguf_rows
 
 from .shape import GROUPS, Shape
@@ -77,6 +83,7 @@ class Lora:
     Attributes:
         flat: every trained number; its gradient is `flat.grad`.
         first_layer: the lowest layer that is trained; those below keep what a warm start brought.
+        in_blocks: names of weights whose A is the same over each block of columns.
     """
 
     gguf: GgufFile
@@ -86,6 +93,7 @@ class Lora:
     seed: int
     place: Placement
     first_layer: int = 0
+    in_blocks: Collection[str] = ()
     flat: nn.Parameter = field(init=False)
     groups: dict[tuple[int, str], LoraGroup] = field(init=False)
 
@@ -105,6 +113,10 @@ class Lora:
             for name, place in self._places.items():
                 a = torch.rand(place.a_shape, generator=generator)
                 self.a(name).copy_((2 * a - 1) / math.sqrt(place.a_shape[1]))
+        self._tied = {name for name in self._places if name in self.in_blocks}
+        for name in self._tied:
+            blocks = _blocks(self.a(name))
+            blocks.copy_(blocks[..., :1].clone())
         self.groups = {
             (layer, group): self._group(layer, group)
             for layer in range(self.first_layer, self.shape.n_layer)
@@ -138,6 +150,12 @@ class Lora:
         assert grad is not None
         return grad[place.a].view(place.a_shape), grad[place.b].view(place.b_shape)
 
+    def tie_gradients(self) -> None:
+        """Give all of a block the same gradient, their mean, so that one step moves them together."""
+        for name in self._tied:
+            blocks = _blocks(self.gradients(name)[0])
+            blocks.copy_(blocks.mean(-1, keepdim=True))
+
     def refresh(self) -> None:
         """Bring what products use up to date with `flat`, once after each change of it."""
         if self.place.dtype != torch.float32:
@@ -160,12 +178,15 @@ class Lora:
             rows = torch.from_numpy(np.ascontiguousarray(from_gguf_rows(b, self._n_permuted(name))))
             rows = rows * (adapter.scaling(name) / self.scaling)
             if name not in self._places:
-                self._below[name] = (torch.from_numpy(np.array(a)), rows)
+                n_new = self.r - len(a)  # the scaling is that of r
+                self._below[name] = (F.pad(torch.from_numpy(np.array(a)), (0, 0, 0, n_new)), F.pad(rows, (0, n_new)))
                 continue
             with torch.no_grad():
                 self.a(name)[: len(a)] = torch.from_numpy(np.ascontiguousarray(a))
                 self.b(name)[:, : len(a)] = rows
                 self.b(name)[:, len(a) :] = 0.0
+            if by_block(a) is None:  # of nights that were not merged into minimums: it goes on as it is
+                self._tied.discard(name)
         self._freeze_below()
         self.refresh()
 
@@ -183,9 +204,10 @@ class Lora:
         adapter = Adapter(self.gguf.architecture, self.lora_alpha)
         pairs = self._below | {name: (self.a(name), self.b(name)) for name in self._places}
         for name in (name for name in self.gguf.tensors if name in pairs):
-            a, b = (factor.cpu().numpy() for factor in pairs[name])
-            rows = to_gguf_rows(b, self._n_permuted(name))
-            adapter.pairs[name] = (a.copy(), np.ascontiguousarray(rows).copy())
+            a, b = (factor.cpu().numpy().copy() for factor in pairs[name])
+            if name in self._tied:  # but for the last bit, it may be
+                a = a[:, ::MINIMUM_BLOCK].repeat(MINIMUM_BLOCK, 1)
+            adapter.pairs[name] = (a, np.ascontiguousarray(to_gguf_rows(b, self._n_permuted(name))))
         return adapter
 
     def _n_permuted(self, name: str) -> int:
@@ -235,3 +257,8 @@ class Lora:
                 a = torch.cat([pair[0] for pair in pairs]).to(dtype.device, dtype.dtype)
                 b = torch.block_diag(*(pair[1] for pair in pairs)).to(dtype.device, dtype.dtype)
                 self.groups[layer, group] = LoraGroup(self.scaling, a, b, [], torch.empty(0), [])
+
+
+def _blocks(a: torch.Tensor) -> torch.Tensor:
+    """Return a view (r, blocks, 32) of (r, in)."""
+    return a.view(len(a), -1, MINIMUM_BLOCK)
