@@ -30,8 +30,9 @@ from edgecl.child import run_stage
 from edgecl.device import Sensors
 from edgecl.errors import EdgeclError, NothingToLearn, NotNow, StageError
 from edgecl.gate import GateSettings
-from edgecl.nightly import needed_bytes, nightly
+from edgecl.nightly import ADAPTERS, needed_bytes, nightly
 from edgecl.profile import ReplaySettings, TrainSettings
+from edgecl_convert import read_gguf_adapter
 from tests import tiny
 
 pytestmark = pytest.mark.alone
@@ -347,7 +348,8 @@ def test_the_disk_that_a_night_needs_is_what_it_fills_at_most(whole: tuple[Path,
         model = next(folder.glob("model-*")).stat().st_size
         assert as_f16 - needed > 0.5 * model
         as_int4 = needed_bytes(replace(learner.settings, quant="int4"), learner.profile.ram_bytes)
-        assert as_int4 <= needed, "fewer bits need no more room"
+        adapter = sum(a.nbytes + b.nbytes for a, b in read_gguf_adapter(folder / "adapter.gguf").pairs.values())
+        assert as_int4 - needed == ADAPTERS * adapter, "its adapters are of twice the rank"
 
 
 # --- the terminal app -------------------------------------------------------------------------------------------------
