@@ -46,9 +46,7 @@ Rows = list[tuple[list[int], list[bool]]]
 SEEDS = (0, 1, 2)
 FRONT = (1.0, 0.75, 0.5, 0.4)  # depths
 N_TRAIN, N_HELDOUT = 300, 150
-PEER_RECIPE = TrainSettings(
-    r=8, lora_alpha=16.0, epochs=3, min_steps=1, anchor_weight=0.0, depth=1.0, schedule="constant", warmup=0.0
-)
+PEER_RECIPE = TrainSettings(epochs=3, min_steps=1, anchor_weight=0.0, depth=1.0, schedule="constant", warmup=0.0)
 SHIPPED = TrainSettings(min_steps=1)
 LOW_MEMORY_BYTES = 900_000_000
 LARGE_BYTES = 2_000_000_000

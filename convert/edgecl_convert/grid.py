@@ -113,12 +113,12 @@ _LAYOUTS = {
     ),
 }
 GRID_TYPES = tuple(_LAYOUTS)
-MINIMUM_TYPES = (QType.Q4_1, QType.Q5_1)
 MINIMUM_BLOCK = 32  # weights that have a minimum in common
 WITH_MINIMUMS = {
     QType.Q4_0: QType.Q4_1, QType.Q4_1: QType.Q4_1, QType.Q4_K: QType.Q4_1,
     QType.Q5_0: QType.Q5_1, QType.Q5_1: QType.Q5_1, QType.Q5_K: QType.Q5_1,
 }  # fmt: skip
+MINIMUM_TYPES = (*dict.fromkeys(WITH_MINIMUMS.values()),)
 
 
 def with_minimums(blocks: Bytes, qtype: QType, name: str) -> Bytes:

@@ -201,8 +201,9 @@ def _tensor(
     if pair is not None and adapter is not None:
         a, b = pair[0], (pair[1] * np.float32(adapter.scaling(info.name))).astype(np.float32)
         low = by_block(a) if on_grid and qtype in MINIMUM_TYPES else None
-        in_codes = "stochastic" if on_grid else "float" if qtype in FLOAT_TYPES else "nearest"
-        how = in_codes if low is None else "minimums"
+        how = "float" if qtype in FLOAT_TYPES else "nearest"
+        if on_grid:
+            how = "stochastic" if low is None else "minimums"
         report.rounded[how] = report.rounded.get(how, 0) + 1
     out = np.empty((n_rows, row_bytes(qtype, n_per_row)), np.uint8)
 

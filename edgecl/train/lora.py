@@ -113,7 +113,7 @@ class Lora:
             for name, place in self._places.items():
                 a = torch.rand(place.a_shape, generator=generator)
                 self.a(name).copy_((2 * a - 1) / math.sqrt(place.a_shape[1]))
-        self._tied = {name for name in self._places if name in self.in_blocks}
+        self._tied = self._places.keys() & set(self.in_blocks)
         for name in self._tied:
             blocks = _blocks(self.a(name))
             blocks.copy_(blocks[..., :1].clone())
@@ -205,7 +205,7 @@ class Lora:
         pairs = self._below | {name: (self.a(name), self.b(name)) for name in self._places}
         for name in (name for name in self.gguf.tensors if name in pairs):
             a, b = (factor.cpu().numpy().copy() for factor in pairs[name])
-            if name in self._tied:  # but for the last bit, it may be
+            if name in self._tied:  # steps may have left last bits apart
                 a = a[:, ::MINIMUM_BLOCK].repeat(MINIMUM_BLOCK, 1)
             adapter.pairs[name] = (a, np.ascontiguousarray(to_gguf_rows(b, self._n_permuted(name))))
         return adapter
