@@ -12,6 +12,7 @@ import torch
 from gguf_helpers import N_HEAD, N_HEAD_KV, N_VOCAB, lora, write_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgecl_convert import (
@@ -89,6 +90,18 @@ def test_gguf_and_peft_hold_the_same_adapter(architecture: str, tmp_path: Path) 
         for other in (first, second, read_gguf_adapter(tmp_path / "b.gguf")):
             assert_same(adapter, other)
         assert second.scaling(Q) == 8 / 4 and second.scaling(K) == 8 / 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_factors_of_peft_may_be_of_any_float_type_of_weights(dtype: torch.dtype, folder: Path, base: GgufFile) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = {key: torch.from_numpy(value).to(dtype) for key, value in load_file(path).items()}
+    torch_save_file(tensors, path)
+    adapter = read_adapter(folder, base)
+    a = tensors[f"{PREFIX.replace('layers.1', 'layers.0')}mlp.down_proj.lora_A.weight"]
+    np.testing.assert_array_equal(adapter.pairs["blk.0.ffn_down.weight"][0], a.float().numpy())
+    torch_save_file({key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}, path)
+    refusal(folder, base, "is of F8_E4M3; factors are of F32, F16, BF16")
 
 
 def test_q_and_k_rows_are_interleaved_for_llama_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from gguf_helpers import write_model
 from edgecl_convert import GgufFile, UnsupportedError
 from edgecl_convert.ggml import QType, block_size, row_bytes
 from edgecl_convert.gguf_file import PlannedTensor, TensorInfo, encode_field, write_gguf
-from edgecl_convert.recipe import Recipe, fallback, resolve_quant
+from edgecl_convert.recipe import Recipe, fallback, model_shape, resolve_quant
 
 
 def info(name: str, *shape: int, qtype: QType = QType.F16) -> TensorInfo:
@@ -94,6 +94,25 @@ def test_int4_is_the_bases_own_types_else_what_its_rows_allow(tmp_path: Path, te
         assert resolve_quant("int4", base) == int4
         assert resolve_quant("int4", base, learned=True) == int4.replace("keep", "keep_minimums")
         assert resolve_quant("int8", base) == "Q8_0"
+
+
+def test_layers_of_an_encoder_and_a_decoder_are_layers_and_none_are_none(tmp_path: Path) -> None:
+    two = {f"{part}__blk__7__attn_v__weight": (QType.F16, 256) for part in ("enc", "dec")}
+    with one_of_each(tmp_path / "m.gguf", **two) as base:
+        assert resolve_quant("int4", base) == "Q4_K_M"
+        assert {Recipe.named("Q4_K_M").qtype(info, 8, True).name for i, info in base.tensors.items() if "_v" in i} == {"Q6_K"}
+    with one_of_each(tmp_path / "other.gguf", v__patch_embd__weight=(QType.F16, 64)) as base:
+        assert resolve_quant("int4", base) != "keep"
+
+
+def test_a_number_of_layers_that_is_none_is_one_line(tmp_path: Path) -> None:
+    fields = [encode_field("general.architecture", "llama"), encode_field("llama.block_count", "two")]
+    write_gguf(tmp_path / "m.gguf", fields, [], iter([]))
+    with (
+        GgufFile(tmp_path / "m.gguf") as base,
+        pytest.raises(UnsupportedError, match="block_count must be a whole number, got two"),
+    ):
+        model_shape(base)
 
 
 def test_keep_minimums_gives_layers_of_four_and_five_bits_a_type_that_has_them(tmp_path: Path) -> None:

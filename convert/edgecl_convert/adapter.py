@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .atomic import write_atomic
-from .errors import AdapterError
-from .ggml import F32Array, QType
+from .errors import AdapterError, ConvertError
+from .ggml import F32Array, QType, dequantize_rows
 from .gguf_file import GgufFile, PlannedTensor, encode_field, write_gguf
 from .names import (
     check_architecture,
@@ -33,6 +32,7 @@ from .names import (
     projection_of,
     to_gguf_rows,
 )
+from .safetensors_file import QTYPES, SafetensorsFile
 from .source import Source
 
 _PEFT_PREFIX = "base_model.model."
@@ -256,7 +256,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}; give a PEFT adapter folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: is not JSON: {error}") from None
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type != "LORA":
@@ -275,8 +275,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, F32Array], dict[str, str]]:
     try:
-        with safe_open(path, framework="numpy") as handle:
-            tensors = {key: np.asarray(handle.get_tensor(key), np.float32) for key in handle.keys()}  # noqa: SIM118
-            return tensors, handle.metadata() or {}
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from None
+        file = SafetensorsFile(path)
+    except ConvertError as error:
+        raise AdapterError(str(error)) from None
+    tensors = {}
+    for name, stored in file.tensors.items():
+        if stored.dtype not in QTYPES:
+            raise AdapterError(
+                f"{path}: {name} is of {stored.dtype}; factors are of {', '.join(QTYPES)}; save it as one of these"
+            )
+        values = dequantize_rows(file.blocks(name), QTYPES[stored.dtype], math.prod(stored.shape[-1:]))
+        tensors[name] = np.array(values).reshape(stored.shape)
+    file.close()
+    return tensors, file.metadata

@@ -21,6 +21,7 @@ from .ggml import FLOAT_TYPES, F32Array, QType, block_size, default_threads, deq
 from .gguf_file import PlannedTensor, TensorInfo
 from .imatrix import Imatrix
 from .merge import planned_bytes
+from .names import layer_of
 from .recipe import ADAPTIVE, Recipe, is_weight, resolve_quant
 from .source import Source
 
@@ -85,8 +86,8 @@ def _recipe(infos: list[TensorInfo], types: list[QType], predicted_nats: float |
 
 def prior_sensitivity(info: TensorInfo, mean_square: float) -> float:
     """Return what stands in for a measured sensitivity, in no unit: see the top of this module."""
-    in_layer = info.name.startswith("blk.")
-    weight = 1 / (1 + int(info.name.split(".")[1])) if in_layer else 16.0
+    layer = layer_of(info.name)
+    weight = 16.0 if layer is None else 1 / (1 + layer)
     return weight / mean_square if mean_square else 0.0
 
 

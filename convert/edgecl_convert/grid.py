@@ -125,7 +125,7 @@ def with_minimums(blocks: Bytes, qtype: QType, name: str) -> Bytes:
     """Return `blocks` (rows, row_bytes) as the type that WITH_MINIMUMS has for `qtype`: the same codes, other scales.
 
     Of Q4_0 and Q5_0 weights stay what they are. Those of Q4_K and Q5_K, whose steps and minimums are products of a float16 and
-    six bits, are rounded to float16: by a 250th of a step at most, or by what float16 leaves of a larger minimum.
+    six bits, are rounded to float16: by a 60th of a step at most, or by what float16 leaves of a larger minimum.
 
     Raises:
         ConvertError: scales or minimums that are not finite, or beyond the range of float16.

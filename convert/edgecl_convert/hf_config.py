@@ -167,7 +167,7 @@ class Rope:
                 raise UnsupportedError(
                     f"{self._path}: yarn's {key} must be {fixed}, got {self._values[key]}; llama.cpp has no other"
                 )
-        original = int(self._number("original_max_position_embeddings", self._context))
+        original = math.ceil(self._number("original_max_position_embeddings", self._context))
         factor = self._number("factor", self._context / original)
         # llama.cpp scales queries and keys by this on its own; what differs goes into a factor beside it
         wanted = usual = _mscale(factor, 1.0)

@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"{path}: is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConvertError(f"{path}: must hold a JSON object, got {type(value).__name__}")

@@ -114,11 +114,10 @@ class Imatrix:
         with GgufFile(path) as file:
             if file.get("general.type") != "imatrix":
                 raise GgufError(path, "is not an importance matrix: general.type must be imatrix")
-            matrix = cls(
-                datasets=list(file.get("imatrix.datasets", [])),
-                n_chunks=int(file.get("imatrix.chunk_count", 0)),
-                chunk_tokens=int(file.get("imatrix.chunk_size", CHUNK_TOKENS)),
-            )
+            n_chunks, chunk_tokens = file.get("imatrix.chunk_count", 0), file.get("imatrix.chunk_size", CHUNK_TOKENS)
+            if not (isinstance(n_chunks, int) and isinstance(chunk_tokens, int)):
+                raise GgufError(path, f"chunk_count and chunk_size must be whole numbers, got {n_chunks} and {chunk_tokens}")
+            matrix = cls(datasets=list(file.get("imatrix.datasets", [])), n_chunks=n_chunks, chunk_tokens=chunk_tokens)
             for entry, values in _entries(file):
                 name, _, kind = entry.rpartition(".")
                 if "." + kind == _SUMS:

@@ -37,6 +37,7 @@ from .ggml import (
 from .gguf_file import GgufFile, PlannedTensor, TensorInfo, copied_fields, encode_field, file_bytes, write_gguf
 from .grid import GRID_TYPES, MINIMUM_TYPES, add_on_grid, add_to_minimums, by_block, with_minimums
 from .imatrix import Imatrix
+from .names import layer_of
 from .recipe import Recipe, model_shape
 from .source import Source
 
@@ -136,7 +137,7 @@ def planned_tensors(base: Source, recipe: Recipe) -> list[PlannedTensor]:
 def in_minimums(base: Source, quant: str) -> set[str]:
     """Return the weights of layers whose updates `merge` adds to minimums, where these are the same over each block."""
     recipe = Recipe.named(quant)
-    layers = (tensor for tensor in planned_tensors(base, recipe) if tensor.name.startswith("blk."))
+    layers = (tensor for tensor in planned_tensors(base, recipe) if layer_of(tensor.name) is not None)
     return {tensor.name for tensor in layers if tensor.qtype in MINIMUM_TYPES and _stays(base, tensor, recipe)}
 
 

@@ -6,6 +6,7 @@ halves are interleaved in GGUF, so its q and k rows (and the rows of their lora_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +45,7 @@ _GEMMA3_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_LAYER = re.compile(r"(?:\w+\.)?blk\.(\d+)\.", re.ASCII)
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -91,6 +93,12 @@ def projection_of(module: str) -> str:
     raise AdapterError(
         f"adapter trains {module}, which GGUF LoRA cannot express here; allowed: {', '.join(_BY_MODULE)} of a layer"
     )
+
+
+def layer_of(gguf_name: str) -> int | None:
+    """Return the layer that a tensor is of: 3 for blk.3.attn_q.weight and dec.blk.3.attn_q.weight; None for one of no layer."""
+    found = _LAYER.match(gguf_name)
+    return int(found[1]) if found else None
 
 
 def n_heads_permuted(gguf_name: str, architecture: str, metadata: Mapping[str, Any]) -> int:

@@ -26,6 +26,7 @@ from .errors import ConvertError, UnsupportedError
 from .ggml import FLOAT_TYPES, Bytes, F32Array, QType, default_threads, dequantize_rows, each_chunk, quantize_rows, row_bytes
 from .gguf_file import PlannedTensor, TensorInfo, copied_fields, write_gguf
 from .merge import merge, planned_tensors
+from .names import layer_of
 from .perplexity import nats_per_token
 from .recipe import KEEP, Recipe, is_weight, resolve_quant
 from .source import Source
@@ -129,7 +130,7 @@ def probe(
         source.release(info.name)
     nats = _measured(source, text or default_text(), int4, group_size, n_threads, steps)
     steps.begin("")
-    own = Counter(info.qtype.name for info in infos if info.name.startswith("blk.")).most_common(1)
+    own = Counter(info.qtype.name for info in infos if layer_of(info.name) is not None).most_common(1)
     names = {"int8": "Q8_0", "int4": own[0][0] if int4 == KEEP else int4}
     names |= {f"int{bits}_group": f"{bits}-bit groups of {group_size}" for bits in (8, 4)}
     gaps = {key: _gap(name, nats["full"], nats[key]) for key, name in names.items()}

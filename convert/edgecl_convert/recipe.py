@@ -19,6 +19,7 @@ from .errors import UnsupportedError
 from .ggml import Bytes, QType, block_size, qtype_named, quantize_rows, quantize_unshrunk
 from .gguf_file import TensorInfo
 from .grid import WITH_MINIMUMS
+from .names import layer_of
 from .source import Source
 
 KEEP, KEEP_MINIMUMS, ADAPTIVE = "keep", "keep_minimums", "adaptive"
@@ -79,7 +80,7 @@ class Recipe:
         if self.quant == KEEP or not is_weight(info):
             return info.qtype
         if self.quant == KEEP_MINIMUMS:
-            return WITH_MINIMUMS.get(info.qtype, info.qtype) if info.name.startswith("blk.") else info.qtype
+            return WITH_MINIMUMS.get(info.qtype, info.qtype) if layer_of(info.name) is not None else info.qtype
         return _q4_k_m(info, n_layer, tied) if self.quant == "Q4_K_M" else qtype_named(self.quant)
 
     @property
@@ -111,8 +112,15 @@ class Recipe:
 
 
 def model_shape(source: Source) -> tuple[int, bool]:
-    """Return what a mixture goes by: the number of layers, and whether the embedding is also the head."""
-    return int(source.get(f"{source.architecture}.block_count", 0)), "output.weight" not in source.tensors
+    """Return what a mixture goes by: the number of layers, and whether the embedding is also the head.
+
+    Raises:
+        UnsupportedError: the number is none.
+    """
+    n_layer = source.get(f"{source.architecture}.block_count", 0)
+    if not isinstance(n_layer, int):
+        raise UnsupportedError(f"{source.path}: block_count must be a whole number, got {str(n_layer)[:40]}; download it again")
+    return n_layer, "output.weight" not in source.tensors
 
 
 def is_weight(info: TensorInfo) -> bool:
@@ -135,8 +143,8 @@ def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
         return "Q8_0"
     if quant != "int4":
         return Recipe.named(quant).quant
-    weights = [info for info in source.tensors.values() if info.name.startswith("blk.") and len(info.shape) > 1]
-    if all(info.qtype.name in ("Q4_0", "Q4_1", "Q4_K") for info in weights):
+    weights = [info for info in source.tensors.values() if layer_of(info.name) is not None and len(info.shape) > 1]
+    if weights and all(info.qtype.name in ("Q4_0", "Q4_1", "Q4_K") for info in weights):
         return KEEP_MINIMUMS if learned else KEEP
     return "Q4_K_M" if all(info.shape[-1] % 256 == 0 for info in weights) else "Q4_1"
 
@@ -157,8 +165,7 @@ def _q4_k_m(info: TensorInfo, n_layer: int, tied: bool) -> QType:
     if info.name == ("token_embd.weight" if tied else "output.weight"):
         return QType.Q6_K
     if any(part in info.name for part in (".attn_v.", ".attn_qkv.", ".ffn_down.")):
-        layer = int(info.name.split(".")[1])
-        eighth = n_layer // 8
+        layer, eighth = layer_of(info.name) or 0, n_layer // 8
         if layer < eighth or layer >= 7 * n_layer // 8 or (layer - eighth) % 3 == 2:
             return QType.Q6_K
     return QType.Q4_K

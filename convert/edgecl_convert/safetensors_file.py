@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class SafetensorsFile:
     Attributes:
         path: the file.
         tensors: by name, in file order.
+        metadata: what its header says beside them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +87,8 @@ class SafetensorsFile:
         """Return a tensor as a read-only (rows, row_bytes) view of the file; a vector is one row."""
         stored = self.tensors[name]
         flat = np.frombuffer(self._map, np.uint8, stored.n_bytes, stored.offset)
-        return flat.reshape(-1, stored.shape[-1] * _ITEM_BYTES[stored.dtype])
+        rows, n_per_row = math.prod(stored.shape[:-1]), math.prod(stored.shape[-1:])
+        return flat.reshape(rows, n_per_row * _ITEM_BYTES[stored.dtype])
 
     def release(self, name: str) -> None:
         """Give a tensor's pages back."""
@@ -107,7 +110,8 @@ class SafetensorsFile:
             raise self._error(f"has a header that is not sound JSON: {error}") from None
         if not isinstance(header, dict):
             raise self._error("has a header that is not a JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
         tensors = [self._tensor(name, entry, 8 + length) for name, entry in header.items()]
         self._check_layout(tensors, 8 + length)
         return {tensor.name: tensor for tensor in tensors}

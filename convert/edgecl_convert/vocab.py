@@ -44,12 +44,14 @@ def read_vocabulary(folder: Path | str) -> Vocabulary:
         ConvertError: no tokenizer, a damaged file, or ids and merges that contradict each other.
         UnsupportedError: a tokenizer that llama.cpp does not have.
     """
-    tokenizer = read_tokenizer(Path(folder))
     try:
+        tokenizer = read_tokenizer(Path(folder))
         served = serve(tokenizer)
         return Vocabulary(_fields(tokenizer, served, Path(folder)), served.limits)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ConvertError(f"{tokenizer.path}: is not built as a tokenizer.json is: {error!r}") from None
+    except ConvertError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ConvertError(f"{folder}: its tokenizer is not built as a tokenizer.json is: {error!r}") from None
 
 
 def _fields(tokenizer: HfTokenizer, served: Served, folder: Path) -> dict[str, Any]:
