@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edgecl_convert import merge, open_source, resolve_quant, write_atomic
+from edgecl_convert import GgufFile, merge, open_source, resolve_quant, write_atomic
 from edgecl_convert.names import check_architecture
 from edgecl_convert.recipe import KEEP
 
@@ -18,9 +18,11 @@ from .generations import Generations, Manifest, now, sha256_file
 from .lock import night_lock
 from .places import default_home, find_model
 from .profile import PRECISIONS, Profile, Settings, load_profile, profile_name, served_at
+from .shape import read_shape
 from .tries import clear_try
 
 NEW_BASE = ".base-new.gguf"  # until it is known that it can be used
+OLD = ("generations", "runs")  # folders that a home is replaced with
 
 
 def make_home(
@@ -50,6 +52,8 @@ def make_home(
     written = PRECISIONS.get(precision, own)
     base = place.resolve() / f"base-{written}.gguf" if written else path
     made = Settings(base=str(base), quant=quant, profile=profile, **settings)
+    if any(base.is_relative_to(place.resolve() / folder) for folder in OLD):
+        raise SettingError(f"{path} is of the home that it would replace; copy it elsewhere first")
     exists = (place / "edgecl.toml").exists()
     if exists and not force:
         raise SettingError(f"{place} is a learner's home already; choose another --home, or give --force")
@@ -71,7 +75,7 @@ def make_home(
                 clear_try(place)
                 for model in {*place.resolve().glob("base-*.gguf")} - {base, path.resolve()}:
                     model.unlink()
-                for folder in ("generations", "runs"):
+                for folder in OLD:
                     shutil.rmtree(place / folder, ignore_errors=True)
             if written:
                 os.replace(fresh, base)
@@ -103,7 +107,10 @@ def _check_loads(model: Path, profile: Profile, source: Path) -> None:
 
     Raises:
         EdgeclError: it ended, or cannot load the model, which was made from `source`.
+        UnsupportedError: nights cannot train it.
     """
+    with translated(), GgufFile(model) as gguf:
+        read_shape(gguf)
     request = {"model": str(model), "engine": profile.engine_options()}
     try:
         run_stage("load", request, Limits(profile.ram_bytes, 60 * profile.minutes, 0, profile.threads))

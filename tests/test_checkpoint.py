@@ -139,6 +139,12 @@ def test_a_run_that_is_told_to_stop_saves_first_and_one_that_has_ended_stays_end
         assert (report.resumed_at, report.steps, report.stopped_early) == (resumed_at, 2, True)
 
 
+def test_a_row_that_came_after_the_best_of_held_out_rows_was_not_learned(base):
+    settings = replace(SETTINGS, patience=1, eval_every=1, learning_rate=0.0, batch_rows=7)
+    _, report = train(base, NEW, REPLAY, settings, ONE, Night(anchor=ANCHOR, heldout=HELDOUT))
+    assert report.steps == 2 and len(report.unmet) == len(NEW) - 7, "the adapter is that of the first step"
+
+
 def test_a_run_that_time_has_ended_goes_on_where_it_is_given_more(base, tmp_path):
     path, few, done = tmp_path / "checkpoint.safetensors", replace(ONE, minutes=0.02), []
     for _ in range(2):  # the second has spent as much as it has when it begins

@@ -85,7 +85,7 @@ def test_another_base_depth_prefix_or_lower_adapter_is_computed_anew(base, tmp_p
         assert other.n_found == 0
 
 
-@pytest.mark.parametrize("damage", ["bit", "shorter", "not a database", "truncated", "table"])
+@pytest.mark.parametrize("damage", ["bit", "shorter", "not a database", "truncated", "table", "not to be opened"])
 def test_what_is_damaged_is_computed_anew(base, tmp_path, damage):
     path = tmp_path / "l.db"
     with LatentStore(path, "b") as store:
@@ -94,6 +94,9 @@ def test_what_is_damaged_is_computed_anew(base, tmp_path, damage):
         path.write_bytes(b"hello, this is no database at all")
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:1500])
+    elif damage == "not to be opened":
+        path.unlink()
+        path.symlink_to(path)
     else:
         database = sqlite3.connect(path)
         with database:

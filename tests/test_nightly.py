@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from test_cli import one_line, run
 from edgecl import AdaptReport, Learner, measure, night
 from edgecl.child import run_stage
 from edgecl.device import Sensors
-from edgecl.errors import EdgeclError, NothingToLearn, NotNow, StageError
+from edgecl.errors import EdgeclError, NothingToLearn, NotNow, SettingError, StageError
 from edgecl.gate import GateSettings
 from edgecl.nightly import ADAPTERS, needed_bytes, nightly
 from edgecl.profile import ReplaySettings, TrainSettings
@@ -334,6 +335,8 @@ def test_who_types_between_two_tries_puts_the_second_off_and_a_night_ends_the_no
         assert nightly(learner, Sensors(machine.root, clock=lambda: machine.now)).accepted
         assert learner.status()["last_try"] is None
     (home / "last-try.json").write_text('{"at": 1, "reason": 2, "keyboard": {"inputs": 3, "moved_at": "x"}}')
+    code, out, _ = run(home, "status")
+    assert code == 0 and "last night  " in out and "last try" not in out
     with Learner(home) as learner, pytest.raises(NothingToLearn):
         nightly(learner, machine.sensors)
 
@@ -422,3 +425,22 @@ def test_a_home_that_was_not_replaced_after_all_is_as_it_was(tmp_path: Path, bas
         assert learner.ask("anne", max_tokens=2) is not None
     assert (written.stat().st_ino, written.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert not list((tmp_path / "home").glob(".base*"))
+
+
+def test_a_base_that_nights_could_not_train_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "scaled.gguf", "gemma3", fields={"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})[0]
+    with pytest.raises(EdgeclError, match=r"rope\.scaling\.type = linear is not supported for training"):
+        Learner.init(base, tmp_path / "home")
+    assert not (tmp_path / "home/edgecl.toml").exists()
+
+
+def test_a_home_is_not_replaced_with_a_model_of_its_own(tmp_path: Path, base: Path) -> None:
+    home = make_home(tmp_path, base)
+    model = home / "generations/0001/model-Q8_0.gguf"
+    model.parent.mkdir()
+    shutil.copy(base, model)
+    with pytest.raises(SettingError, match=r"model-Q8_0\.gguf is of the home that it would replace; copy it elsewhere first"):
+        Learner.init(model, home, force=True)
+    assert model.is_file() and Learner(home).ask("anne", max_tokens=2) is not None
+    Learner.init(model, home, force=True, precision="f16").close()  # a base of its own is written of it first
+    assert Learner(home).ask("anne", max_tokens=2) is not None and not model.exists()

@@ -11,9 +11,9 @@ from tiny import build, random_tokens
 
 from edgecl.errors import EdgeclError
 from edgecl.profile import Profile, TrainSettings
+from edgecl.shape import Shape, read_shape
 from edgecl.train import Night, TrainRow, plan, train
 from edgecl.train.plan import Plan, first_trained, plan_memory, resident_part
-from edgecl.train.shape import Shape, read_shape
 from edgecl.train.weights import Placement
 from edgecl_convert import GgufFile
 
@@ -98,6 +98,23 @@ def test_one_long_row_bounds_the_smallest_part():
     made = planned(4e9, steps=[[ROW] * 7 + [long]])
     assert made.micro_tokens >= 1496
     assert planned(1.3e9, steps=[[ROW] * 7 + [long]]).checkpointing
+
+
+def test_what_attention_works_with_grows_with_the_square_of_a_row():
+    longs = [TrainRow(list(range(n)), [False] * (n - 8) + [True] * 8) for n in (1000, 2000)]
+    found = [planned(99e9, LLAMA_1B, steps=[[long]]).peak_rss_bytes for long in longs]
+    pairs = 4 * 32 * (2000**2 - 1000**2)
+    assert found[1] - found[0] > (LLAMA_1B.n_layer + 1 + 2) * pairs, "what each layer keeps, what they see, what one computes"
+
+
+def test_a_run_that_is_gone_on_from_keeps_its_parts_or_says_what_it_needs():
+    many = [[ROW] * 24] * 12
+    made = planned(4e9, steps=many)
+    again = plan_memory(SMOLLM, CPU32, TRAIN, int(0.9e9), many, 32, made.micro_tokens)
+    assert again.micro_tokens == made.micro_tokens > planned(0.55e9, steps=many).micro_tokens
+    assert again.peak_rss_bytes <= 0.9e9
+    with pytest.raises(EdgeclError, match=r"needs \d+ MB of memory at least"):
+        plan_memory(SMOLLM, CPU32, TRAIN, int(0.55e9), many, 32, made.micro_tokens)
 
 
 # --- time, measured ---------------------------------------------------------------------------------------------------

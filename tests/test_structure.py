@@ -36,6 +36,7 @@ LAYERS = (
         "places",
         "imports",
         "rows",
+        "shape",
     },
     {"train", "engine", "store", "generations", "device", "timer", "tries", "template"},
     {

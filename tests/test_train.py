@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import N_VOCAB, STD, WINDOW, build, random_adapter, random_tokens
+from tiny import N_VOCAB, STD, WINDOW, Tiny, build, random_adapter, random_tokens, torch_model, write_model
 
 from edgecl.errors import Diverged
 from edgecl.profile import Profile, TrainSettings
@@ -19,7 +19,7 @@ from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
 from edgecl.train.packing import tree
 from edgecl.train.weights import Placement
-from edgecl_convert import GgufFile, in_minimums, merge
+from edgecl_convert import GgufFile, UnsupportedError, in_minimums, merge
 from edgecl_convert.grid import by_block
 from edgecl_convert.names import module_of
 
@@ -286,6 +286,14 @@ def test_anchor_holds_the_model_to_its_base(models):
     assert free > 0.05
     assert held < 0.7 * free
     assert held_loss < 0.5 * answer_loss(base, None, facts(16, 1)) and free_loss < held_loss
+
+
+def test_weights_of_another_size_than_the_metadata_has_are_refused(tmp_path):
+    model = torch_model(Tiny())
+    model.config.intermediate_size = 200
+    path = write_model(tmp_path / "m.gguf", model, Tiny())
+    with GgufFile(path) as base, pytest.raises(UnsupportedError, match=r"ffn_gate.weight is \(96, 64\), .* wants \(200, 64\)"):
+        Decoder(base, CPU32)
 
 
 def test_untrained_adapter_changes_nothing_and_is_a_snapshot(models):

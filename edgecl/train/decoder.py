@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from edgecl_convert import GgufFile
 
+from ..shape import read_shape
 from .lora import Lora
 from .ops import Attend, Lines, Project, RmsNorm
-from .shape import read_shape
 from .weights import Placement, Weights
 
 

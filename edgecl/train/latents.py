@@ -11,6 +11,7 @@ import hashlib
 import sqlite3
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,10 @@ class LatentStore:
         try:
             with self._db:
                 self._mark_used()
-                self._make_room(size)
+                freed = self._make_room(size)
                 rows = [(key, states, zlib.crc32(states), self._now) for key, states in entries]
                 self._db.executemany("REPLACE INTO latents (key, states, checksum, used) VALUES (?, ?, ?, ?)", rows)
-            self._size += size
+            self._size += size - freed
         except sqlite3.OperationalError:
             pass  # a full or read-only disk costs time, not the night
         except sqlite3.DatabaseError:
@@ -86,7 +87,8 @@ class LatentStore:
         self._used: set[bytes] = set()
 
     def _start_over(self) -> None:
-        self._db.close()
+        with suppress(AttributeError):  # it could not even be opened
+            self._db.close()
         for suffix in ("", "-journal"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
         self._open()
@@ -95,16 +97,16 @@ class LatentStore:
         self._db.executemany("UPDATE latents SET used = ? WHERE key = ?", [(self._now, key) for key in self._used])
         self._used.clear()
 
-    def _make_room(self, size: int) -> None:
-        while self._size + size > self.max_bytes:
-            oldest = self._db.execute("SELECT id, length(states) FROM latents ORDER BY used, id LIMIT 100").fetchall()
-            for entry, n_bytes in oldest:
-                self._db.execute("DELETE FROM latents WHERE id = ?", (entry,))
-                self._size -= n_bytes
-                if self._size + size <= self.max_bytes:
-                    break
-            if not oldest:
-                self._size = 0
+    def _make_room(self, size: int) -> int:
+        """Delete entries until `size` bytes fit, and return what they had."""
+        freed, wanted = 0, self._size + size - self.max_bytes
+        by_use = "SELECT id, length(states) FROM latents ORDER BY used, id"
+        for entry, n_bytes in self._db.execute(by_use).fetchall() if wanted > 0 else ():
+            if freed >= wanted:
+                break
+            self._db.execute("DELETE FROM latents WHERE id = ?", (entry,))
+            freed += n_bytes
+        return freed
 
 
 class Latents:

@@ -23,6 +23,7 @@ from edgecl_convert import Adapter, GgufFile
 
 from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
+from ..shape import read_shape
 from .batches import TrainRow, asked_otherwise, micro_batches, night_batches, usable
 from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
@@ -34,7 +35,6 @@ from .optimizer import AdamW
 from .plan import Plan, Typical, forget_kernels, plan_memory, plan_time
 from .rehearsal import EVENLY, RECIPE, Rehearsal
 from .schedule import learning_rate
-from .shape import read_shape
 from .weights import placement, threads_beside_the_assistant
 
 EVERY = 4  # steps comes the anchor, and weighs as much more then
@@ -84,7 +84,7 @@ class Night:
 
     Attributes:
         start: the adapter to go on from.
-        anchor: token ids of pieces of general text, on which the model is held to the base; one a step.
+        anchor: token ids of pieces of general text, on which the model is held to the base; one every EVERY steps.
         heldout: rows that tell when to stop.
         store: where states that enter the first trained layer are kept; None: they are computed each time.
         checkpoint: the file that an interrupted run goes on from; None: none is written.
@@ -166,7 +166,8 @@ class _Run:
 
         longest_text = max((len(ids) for ids in texts), default=0)
         shape = read_shape(gguf)
-        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, longest_text)
+        micro_tokens = found[1]["micro_tokens"] if found else 0
+        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, longest_text, micro_tokens)
         if plan.few_kernels:
             forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
@@ -380,7 +381,11 @@ class _Run:
         return self.lora.adapter(), self.report
 
     def _unmet(self) -> list[int]:
-        met = {id(row) for batch in self.batches[: self.report.steps] for row in batch}
+        """Return the new rows that the adapter which training ends with was not trained on."""
+        found, n_steps = self.report.heldout, self.report.steps
+        if self.best is not None:
+            n_steps = min(found, key=found.__getitem__)
+        met = {id(row) for batch in self.batches[:n_steps] for row in batch}
         left_out = set(self.report.left_out)
         given = [i for i in range(len(self.new) + len(left_out)) if i not in left_out]
         return [i for i, row in zip(given, self.new, strict=True) if met.isdisjoint(map(id, (row, *row.reworded)))]

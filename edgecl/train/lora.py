@@ -24,7 +24,7 @@ from edgecl_convert import Adapter, AdapterError, GgufFile
 from edgecl_convert.grid import MINIMUM_BLOCK, by_block
 from edgecl_convert.names import PROJECTIONS, from_gguf_rows, head_counts, n_heads_permuted, to_gguf_rows
 
-from .shape import GROUPS, Shape
+from ..shape import GROUPS, Shape
 from .weights import Placement
 
 

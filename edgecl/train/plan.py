@@ -22,12 +22,12 @@ import torch
 
 from ..errors import EdgeclError
 from ..profile import TrainSettings
+from ..shape import GROUPS, Shape
 from .batches import TrainRow, micro_batches, predicted
 from .decoder import Decoder
 from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
 from .packing import extent, pack
-from .shape import GROUPS, Shape
 from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
@@ -96,11 +96,13 @@ def plan_memory(
     ram_bytes: int,
     batches: Sequence[Sequence[TrainRow]],
     n_anchor: int,
+    micro_tokens: int = 0,
 ) -> Plan:
     """Return the fastest plan whose memory fits into `ram_bytes`.
 
     Args:
         batches: rows of each step; n_anchor: tokens of a piece of general text.
+        micro_tokens: of the parts that a run which is gone on from had: it keeps them; 0: a new one.
 
     Raises:
         EdgeclError: none fits; says how much would.
@@ -115,9 +117,10 @@ def plan_memory(
     first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
     least = 0
+    micros = {parts: max(min(MICRO_TOKENS, step) // parts, longest) for parts in (1, 2, 4, 8)}
+    micros = {parts: micro for parts, micro in micros.items() if micro == micro_tokens} or micros
     for checkpointing, few in itertools.product((False, True), (False, True)):
-        for parts in (1, 2, 4, 8):
-            micro = max(min(MICRO_TOKENS, step) // parts, longest)
+        for parts, micro in micros.items():
             n_tokens = max(longest, micro * different // step) + n_anchor
             pairs = max(seen // parts, longest * longest)
             n_predicted = min(n_answers + n_anchor, n_tokens)
@@ -194,11 +197,13 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
     )
     attention = sizes.n_slots * (shape.n_head + 2 * shape.n_kv) * d + sizes.n_pairs * shape.n_head
     of_a_layer = e * (n_tokens * (4 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention)
-    at_work = e * n_tokens * 7 * shape.n_ff  # in a forward pass, and in a backward pass
+    pairs = e * sizes.n_pairs * shape.n_head
+    at_work = max(e * n_tokens * 7 * shape.n_ff, 2 * pairs)  # of a feed-forward part, or of attention, there and back
+    biases = pairs * (2 if shape.window else 1)
     kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = sizes.n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
-    return n_adapter * ADAPTER_BYTES + kept + scratch + head
+    return n_adapter * ADAPTER_BYTES + kept + biases + scratch + head
 
 
 @dataclass(frozen=True)

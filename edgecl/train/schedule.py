@@ -15,7 +15,8 @@ def learning_rate(settings: TrainSettings, step: int, n_steps: int) -> float:
     constant stays at the peak; linear and cosine decay to a tenth of it. oscillating is a cosine with `cycles` bumps: each
     cycle begins with a bump that rises `bump` times the decayed rate above it, and ends with a `settled` share where the
     rate is a tenth of the decayed one. Weights that settle several times at a low rate lie where rounding to INT4 costs less
-    (the schedule of "When Flat Minima Fail"); the last cycle ends settled, so what is merged is settled.
+    (the schedule of "When Flat Minima Fail"); the last cycle ends settled, so what is merged is settled,
+    unless a cycle has fewer steps than 1 / `settled`.
     """
     n_warm = max(1, round(settings.warmup * n_steps))
     if step < n_warm:

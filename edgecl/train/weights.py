@@ -18,7 +18,7 @@ from edgecl_convert import GgufFile, UnsupportedError
 from edgecl_convert.ggml import bf16_is_fast, default_threads, dequantize, dequantize_into
 from edgecl_convert.names import from_gguf_rows, head_counts, n_heads_permuted
 
-from .shape import GROUPS, Shape
+from ..shape import GROUPS, Shape
 
 HEAD_PART = 1 << 22  # weights of the head that are multiplied at once
 
@@ -167,7 +167,8 @@ class Weights:
         if self.place.device.type == "cpu":
             # numpy alone: torch's threads, once awake, would take a core from those that decode
             outs = [(out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy() for _, _, out in parts]
-            dequantize_into([(blocks, qtype, to) for (blocks, qtype), to in zip(stored, outs, strict=True)])
+            tensors = [(blocks, qtype, to) for (blocks, qtype), to in zip(stored, outs, strict=True)]
+            dequantize_into(tensors, torch.get_num_threads())
         else:
             for (blocks, qtype), (_, _, out) in zip(stored, parts, strict=True):
                 out.copy_(torch.from_numpy(dequantize(blocks, qtype, out.shape[1])))
@@ -190,5 +191,10 @@ def _check_tensors(gguf: GgufFile, shape: Shape) -> None:
     )
     if missing := sorted(wanted - gguf.tensors.keys()):
         raise UnsupportedError(f"{gguf.path}: lacks the weights of {missing[0]}")
+    sizes = {f"{name}.weight": (shape.rows(name), shape.columns(group)) for group, names in GROUPS.items() for name in names}
+    for name, info in gguf.tensors.items():  # blocks are decoded by address
+        size = sizes.get(name.partition(".")[2].partition(".")[2], info.shape)
+        if info.shape != size:
+            raise UnsupportedError(f"{gguf.path}: {name} is {info.shape}, its metadata wants {size}; download it again")
     if others := sorted(gguf.tensors.keys() - allowed):
         raise UnsupportedError(f"{gguf.path}: tensor {others[0]} has no place in a {shape.architecture} model")
