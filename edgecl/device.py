@@ -26,7 +26,7 @@ from typing import Any
 
 from .profile import Profile
 
-AHEAD_S = 60.0  # a terminal that was read from later than that was read before the clock was set back
+AHEAD_S = 60.0  # what was used later than that was used before the clock was set back
 FED = ("Charging", "Full", "Not charging")  # of a battery whose charger has no entry of its own
 
 
@@ -129,8 +129,8 @@ class Sensors:
         now, inputs = self.clock(), _input_counters(self._root)
         if inputs != self._inputs:
             self._inputs, self._moved_at = inputs, now
-        times = (at for at in _terminal_times(self._root) if at < now + AHEAD_S)
-        newest = max(self._moved_at, *times, 0.0)
+        times = (self._moved_at, *_terminal_times(self._root))
+        newest = max((at for at in times if at < now + AHEAD_S), default=0.0)
         return max(now - newest, 0.0) if newest else None
 
 

@@ -1,7 +1,7 @@
 """Forgetting: rows out of every part of a home, then out of what serves.
 
 `forget` deletes rows, and everything in the home that holds their text or was computed from it, except the adapters and
-models of published generations. Those that learned from the rows, or came after one that did, teach no later night. Their
+models of published generations. Those that learned from the rows, or descend from one that did, teach no later night. Their
 askers, which know what was asked by heart, go; their other files may still say what they learned. `retrain` rebuilds without
 them: the newest ancestor that learned nothing forgotten serves, what the store still holds of later nights is learned again
 in one night, and the others are deleted with all their files.
@@ -69,17 +69,18 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
     """
     with night_lock(learner.home):
         learner.finish_last_night()
-        manifests = _manifests(learner)
-        first = {row.id: row.generation for row in find(learner)}
-        first |= {row_id: manifest.number for manifest in manifests[::-1] for row_id in manifest.learned}
+        held = {row.id: row.generation for row in find(learner)}
+        by_night = {manifest.number: set(manifest.learned) for manifest in _manifests(learner)}
         last = learner.store.last_id()
-        if unknown := sorted(row_id for row_id in set(ids) - set(first) if not 0 < row_id <= last):
+        known = set(held).union(*by_night.values())
+        if unknown := sorted(row_id for row_id in set(ids) - known if not 0 < row_id <= last):
             raise DataError(f"there is no row {unknown[0]}; `edgecl forget --contains TEXT --dry-run` shows rows and their ids")
-        learned = [number for row_id in ids if (number := first.get(row_id))]
-        # Every later night was trained from it, on the row while it was kept, or on what it wrote.
-        numbers = [n for n in learner.generations.numbers() if learned and n >= min(learned)]
-        shutil.rmtree(learner.home / "runs", ignore_errors=True)
-        learner.generations.clear_drafts()
+        learned = {number for number, rows in by_night.items() if rows.intersection(ids)}
+        learned |= {number for row_id in ids if (number := held.get(row_id))}
+        numbers = [number for number in learner.generations.numbers() if _descends(learner, number, learned)]
+        if ids:
+            shutil.rmtree(learner.home / "runs", ignore_errors=True)
+            learner.generations.clear_drafts()
         learner.store.forget(ids, [learner.generations.hash_of(n) for n in numbers])
         silent = learner.store.forgotten()  # with those of an earlier call that was cut short
         for number in learner.generations.numbers():
@@ -147,6 +148,17 @@ def retrain(learner: Learner, progress: Progress | None = None) -> Rebuild:
         for number in reversed(rebuild.deleted):  # a call that goes on finds the later ones by the earlier
             learner.generations.delete(number)
     return rebuild
+
+
+def _descends(learner: Learner, number: int, learned: Collection[int]) -> bool:
+    """Return whether a generation is one of these, or was trained from one, on rows that it kept and what it wrote.
+
+    Where a damaged manifest hides what it was trained from, all earlier ones are in question.
+    """
+    earlier = {n for n in learned if n <= number}
+    with contextlib.suppress(GenerationError):
+        earlier -= learner.generations.unknown(learner.generations.load(number))
+    return bool(earlier)
 
 
 def _manifests(learner: Learner) -> list[Manifest]:

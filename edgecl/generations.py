@@ -103,10 +103,11 @@ def unpublished(folder: Path, model: Path, adapter: Path | None, identity: str =
     """Return files that are measured before they are published, or never are; no manifest can have such a hash.
 
     Args:
-        identity: what their scores are remembered under, beside the model's name; "": the folder's name.
+        identity: what their scores are remembered under, beside what is loaded; "": the folder's name.
     """
+    loaded = f"{model.name} + {adapter.name}" if adapter else model.name
     manifest = Manifest(number=-1, parent="", base_sha256="", model=model.name, created=now())
-    return Generation(manifest, folder, f"draft {identity or folder.name} {model.name}", model, adapter)
+    return Generation(manifest, folder, f"draft {identity or folder.name} {loaded}", model, adapter)
 
 
 def check_files(generation: Generation, *more: str) -> None:

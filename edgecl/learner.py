@@ -6,9 +6,10 @@ second `adapt` is told to come later.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,10 +318,16 @@ class Learner:
             return night.run(new)
 
     def finish_last_night(self) -> None:
-        """Move what the newest published generation learned out of `pending`: a killed night may not have come so far."""
-        manifest = self.generations.current().manifest
+        """Do what a night that was killed once it was published did not: settle what it learned, and write it down."""
+        current = self.generations.current()
+        manifest = current.manifest
         learned = self.store.claimed(manifest.number).intersection(manifest.learned)
         self.store.settle(learned, manifest.kept, manifest.number, self.settings.replay.archive)
+        nights = {night["generation"] for night in self.store.nights()}
+        if manifest.number and manifest.number not in nights and manifest.store == self.store.number:
+            with suppress(OSError, ValueError, TypeError, KeyError):  # its report is damaged
+                report = json.loads((current.folder / "report.json").read_bytes())
+                self.store.record_night(manifest.number, True, report["reason"], report)
 
     def limits(self, minutes: float | None = None, ram_bytes: int | None = None) -> Limits:
         """Return what a child may take: the profile's limits, or narrower ones.

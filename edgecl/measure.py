@@ -44,14 +44,12 @@ class Meter:
     Attributes:
         engine: options of llama.cpp.
         eval_s: wall seconds so far; peak_rss_bytes: of the largest child.
-        texts: the greedy answers of the rows that were scored here, by generation and row.
     """
 
     def __init__(self, store: Store, base: Path, engine: dict[str, Any], limits: Limits, progress: Progress | None) -> None:
         """Name what is needed; nothing is run."""
         self._store, self._base, self.engine, self._limits, self._progress = store, base, engine, limits, progress
         self.eval_s, self.peak_rss_bytes = 0.0, 0
-        self.texts: dict[tuple[str, str], str] = {}
 
     def scores(self, generation: Generation, rows: Sequence[Example], prose: bool = False) -> dict[str, Scored]:
         """Return the score of each row by its hash; with `prose`, those of the shipped prose under PROSE and KLD.
@@ -97,9 +95,8 @@ class Meter:
         self.eval_s += result["eval_s"]
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak)
         out = []
-        for row, (correct, loss, n_tokens, text) in zip(rows, result["scores"], strict=False):
+        for row, (correct, loss, n_tokens) in zip(rows, result["scores"], strict=False):
             out.append(Scored(row.hash, row.task, correct, loss, n_tokens))
-            self.texts[generation.hash, row.hash] = text
         if prose:
             out += [Scored(name, "", True, result["prose"][key], 0) for name, key in ((PROSE, "nats"), (KLD, "kld"))]
         return out

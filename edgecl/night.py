@@ -55,6 +55,7 @@ class AdaptReport:
     """What a night did.
 
     Attributes:
+        started: as `generations.now` has it; of a night that was interrupted, its last sitting.
         accepted: whether tonight's generation serves.
         reason: why it was refused, or what is worth knowing about what serves.
         verdict: what the gate said, also where it only reports.
@@ -68,6 +69,7 @@ class AdaptReport:
         peak_rss_bytes: of the largest child.
     """
 
+    started: str = field(default_factory=now)
     accepted: bool = False
     reason: str = ""
     verdict: str = ""
@@ -280,7 +282,7 @@ class Night:
             report.survival[quant] = survival(report.losses["before"], report.losses["adapter"], report.losses[quant])
             if (quant == wanted or is_fallback) and report.survival[quant] >= self.settings.gate.min_survival:
                 served, report.merge_s = merged, facts["merge_s"]
-            else:
+            elif merged.model != served.model:
                 merged.model.unlink()
         report.served = "base + adapter" if served.adapter else served.model.name
         report.model_bytes = served.model.stat().st_size + (served.adapter.stat().st_size if served.adapter else 0)

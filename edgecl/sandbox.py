@@ -60,12 +60,12 @@ def passes(program: str) -> bool:
     with tempfile.TemporaryDirectory(prefix="edgecl-sandbox-") as folder:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-S", "-B", "-c", _RUNNER, str(CPU_S), str(MEMORY_BYTES)],
+                [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _RUNNER, str(CPU_S), str(MEMORY_BYTES)],
                 input=f"{token}\n{program}".encode("utf-8", "replace"),
                 capture_output=True,
                 timeout=WALL_S,
                 cwd=folder,
-                env={"PYTHONIOENCODING": "utf-8"},
+                env={},
             )
         except subprocess.TimeoutExpired:
             return False

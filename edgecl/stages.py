@@ -271,7 +271,7 @@ def measure_stage(request: Request, report: Report) -> Request:
         scores = []
         rows = [fitted(Row(*chats.row(example)), engine.n_ctx) for example in examples]
         for example, result in zip(examples, score(engine, rows), strict=True):
-            scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens, result.text])
+            scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens])
             report(len(scores), len(examples), Path(request["model"]).name)
             if time.perf_counter() - began > request["seconds"]:
                 break

@@ -264,7 +264,7 @@ class Store:
             self._db.execute("delete from scores where task != '' and hash not in (select hash from examples)")
             self._db.table("forgotten").insert_all(({"generation": hash_} for hash_ in generations), ignore=True)
             for night in self.nights():
-                if not night["accepted"] and not night["report"].get("verdict"):  # it ended in an error
+                if ids and not night["accepted"] and not night["report"].get("verdict"):  # it ended in an error
                     said = {"reason": "an error, forgotten with a row", "report": "{}"}
                     self._db.table("nights").update(night["id"], said)
         with self._translated(
@@ -294,11 +294,11 @@ class Store:
     # --- nights and scores --------------------------------------------------------------------------------------
 
     def record_night(self, generation: int | None, accepted: bool, reason: str, report: dict[str, Any]) -> None:
-        """Write down what a night did."""
+        """Write down what a night did; when it started is in its report, but in one of earlier versions."""
         with self._transaction():
             self._db.table("nights").insert(
                 {
-                    "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    "started": report.get("started") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
                     "generation": generation,
                     "accepted": int(accepted),
                     "reason": reason,

@@ -301,14 +301,17 @@ class _Run:
         run_stage("merge", request, learner.limits(), self.progress)
         return unpublished(path.parent, path, None)
 
-    def _against_int8(self, learner: Learner, served: dict[str, Any]) -> dict[str, Any]:
+    def _against_int8(self, learner: Learner, served: dict[str, Any]) -> dict[str, Any] | None:
         """Merge the last night's adapter again, at INT8, or at INT4 where INT8 is served; compare them row by row.
 
         Returns:
-            What is not INT8 minus INT8, on all test rows.
+            What is not INT8 minus INT8, on all test rows; None where no night was published.
         """
         tasks, serves_int8 = self.stream.tasks, self.cell.quant == "int8"
-        adapter = str(learner.generations.current().folder / "adapter.gguf")
+        serving = learner.generations.current()
+        if not serving.number:
+            return None  # every night was refused
+        adapter = str(serving.folder / "adapter.gguf")
         other = self._rows(learner, self._merged(learner, adapter, "int4" if serves_int8 else "int8"), tasks)
         int8, less = (served, other) if serves_int8 else (other, served)
         losses, right = zip(*(_joined(rows, tasks) for rows in (int8, less)), strict=True)

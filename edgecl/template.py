@@ -91,11 +91,14 @@ class ChatTemplate:
         """Check that an example can be trained on.
 
         Raises:
-            DataError: as `last_turn`, for one of its answers, or one begins with a control token: it may end before it begins.
+            DataError: as `last_turn`, for one of its answers, or one is empty or begins with a control token: it may end before
+                it begins.
         """
         for i, (role, content) in enumerate(example.messages):
             if role != "assistant":
                 continue
+            if not content.strip():
+                raise DataError("an answer of the assistant's is empty; take the message out, or write what it should say")
             self.last_turn(example.messages[: i + 1])
             if content.lstrip().startswith(self._controls):
                 raise DataError(f"the answer begins with a control token of the base: {content.strip()[:20]!r}; take it out")

@@ -16,7 +16,8 @@ def last_try(home: Path) -> dict[str, Any] | None:
     """Return the note: `at`, `reason`, and `keyboard` as `Sensors.keyboard` had it; None where there is none."""
     try:
         note = json.loads(_path(home).read_bytes())
-        return {key: note[key] for key in ("at", "reason", "keyboard")}
+        kinds = {"at": str, "reason": str, "keyboard": dict}
+        return {key: note[key] for key in kinds} if all(isinstance(note[key], kind) for key, kind in kinds.items()) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from edgecl import Learner
+from edgecl.data import Example
 from edgecl.tries import last_try, note_try
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
 from tests import tiny
@@ -187,6 +188,16 @@ def test_a_chat_that_the_base_cannot_write_is_a_bad_line_and_one_that_cannot_be_
         assert (report.added, report.bad) == (1, [(1, "the base's chat template refuses this chat: a user begins")])
         base.unlink()
         assert learner.observe([json.dumps({"prompt": "and now?", "completion": "too"})]).added == 1
+
+
+def test_a_chat_with_an_empty_answer_in_it_is_a_bad_line(home: Path) -> None:
+    turns = [("user", "Hi"), ("assistant", " "), ("user", "Who waters?"), ("assistant", "Mira")]
+    with Learner(home) as learner:
+        for row in (Example(tuple(turns)), Example(tuple(turns[:2]))):
+            report = learner.observe([row])
+            assert report.added == 0 and report.bad[0][1].startswith(
+                "an answer of the assistant's is empty; take the message out"
+            )
 
 
 def test_an_answer_that_ends_before_it_begins_is_a_bad_line(home: Path) -> None:

@@ -310,6 +310,48 @@ def test_rows_that_training_had_no_time_for_wait_for_the_next_night(tmp_path: Pa
         assert learner.adapt(gate="report").accepted and not learner.store.rows("pending")
 
 
+def test_a_merged_file_is_measured_also_where_the_base_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, measured = measure.run_stage, []
+
+    def watched(stage: str, request: dict[str, Any], *rest: Any) -> Any:
+        measured.append((request["model"], request["adapter"], len(request["rows"])))
+        return real(stage, request, *rest)
+
+    monkeypatch.setattr(measure, "run_stage", watched)
+    base = tiny.build(tmp_path / "model-Q8_0.gguf")[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(written=0), train=TRAIN) as learner:
+        learner.observe([json.dumps({"prompt": "anne", "completion": "left"})])
+        report = learner.adapt(gate="report", compare=("Q8_0",))
+        assert report.served == "model-Q8_0.gguf" and learner.generations.current().model.is_file()
+    merged = [n for model, adapter, n in measured if model != str(base) and adapter is None]
+    assert merged and merged[0] == 1, "what was taught is measured of the merged file, too"
+    assert set(report.losses) == {"before", "adapter", "int8", "Q8_0"}
+
+
+def test_a_night_that_was_killed_once_it_was_published_is_in_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf")[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(written=0), train=TRAIN) as learner:
+        adapt(learner, {"anne": "left"})
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(learner.store, "record_night", _killed)
+            adapt(learner, {"the inn": "right"})
+        assert [row["generation"] for row in learner.history()] == [1]
+        for _ in range(2):  # the second time there is nothing to do
+            learner.finish_last_night()
+            first, second = learner.history()
+            assert (second["generation"], second["accepted"], second["report"]["n_new"]) == (2, True, 1)
+            assert first["started"] <= second["started"] == second["report"]["started"]
+        (learner.generations.current().folder / "report.json").write_text("{")
+        learner.finish_last_night()
+        assert len(learner.history()) == 2
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:
     rows = [Example((("user", q), ("assistant", a)), final=a) for q, a in (("1", "x"), ("2", "x"), ("3", "y"))]
     pairs = night.swapped(rows)

@@ -232,6 +232,28 @@ def test_who_learned_a_row_is_known_of_kept_rows_and_of_ids(home: Path) -> None:
             find(learner, " ")
 
 
+def test_a_night_that_was_not_trained_from_one_that_learned_a_row_stays_when_it_is_forgotten(home: Path) -> None:
+    with Learner(home) as learner:
+        learner.rollback(1)
+        learner.observe(lines({"in tea": "on"}))
+        assert learner.adapt().generation == 3
+        assert forget(learner, ids(learner, "then")) == [2]
+        rebuild = plan(learner)
+        assert rebuild and (rebuild.start, rebuild.deleted) == (3, [2])
+        (home / "generations/0001/manifest.json").write_text("{")  # now nobody knows what the third was trained from
+        assert forget(learner, ids(learner, SECRET)) == [2, 3]
+
+
+def test_forgetting_that_finds_nothing_leaves_an_interrupted_night_and_what_errors_said(home: Path) -> None:
+    with Learner(home) as learner:
+        learner.store.record_night(None, False, "train: out of memory", {})
+        (home / "runs/checkpoint.safetensors").write_bytes(b"hours of work")
+    assert edgecl(home, "--contains", "nowhere").exit_code == 1
+    with Learner(home) as learner:
+        assert learner.history()[-1]["reason"] == "train: out of memory"
+    assert (home / "runs/checkpoint.safetensors").is_file()
+
+
 def test_in_a_store_that_was_begun_anew_a_row_is_nobodys_but_its_own(home: Path) -> None:
     for path in home.glob("replay.db*"):
         path.unlink()

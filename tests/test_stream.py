@@ -11,6 +11,7 @@ import gguf
 import pytest
 
 from edgecl import Learner
+from edgecl.cli.streams import print_stream
 from edgecl.errors import DataError
 from edgecl.generations import unpublished
 from edgecl.profile import ReplaySettings, TrainSettings
@@ -131,6 +132,18 @@ def test_a_cell_that_shares_its_first_night_ends_where_a_learner_ends_that_ran_e
     assert [last[row.task]["loss_nats"][stream.test[row.task].index(row)] for row in tests] == [
         pytest.approx(scores[row.hash].loss_nats, abs=1e-4) for row in tests
     ]
+
+
+def test_a_stream_whose_nights_were_all_refused_has_a_result_and_is_printed(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, base, stream = results
+    lame = replace(TRAIN, learning_rate=1e-7)
+    (result,) = run_stream(stream, [Cell(written=0)], model=str(base), home=tmp_path, gate="enforce", train=lame)
+    assert [n["accepted"] for n in result["nights"]] == [False, False] and result["against_int8"] is None
+    del result["nights"][1]["prose"]["after"]  # as of a night that diverged
+    print_stream(result)
+    assert "accuracy after each night" in capsys.readouterr().out
 
 
 def test_a_joint_cell_learns_all_tasks_in_one_night(

@@ -105,7 +105,7 @@ def print_stream(result: dict[str, Any]) -> None:
     for i, task in enumerate(tasks):
         cells = ["" if x is None or j > i else f"{x:.0%}" for j, x in enumerate(result["matrix"][i])]
         prose = result["nights"][i]["prose"]
-        table.add_row(f"{i + 1} {safe(task)}", *cells, f"{prose['after'] - prose['base']:+.2f}")
+        table.add_row(f"{i + 1} {safe(task)}", *cells, f"{prose['after'] - prose['base']:+.2f}" if "after" in prose else "")
     out.print(table)
     names = "acc", "bwt", "fwt", "forgetting"
     out.print("  ".join(f"{LABELS.get(name, name)} {result[name]:.3f}" for name in names))
