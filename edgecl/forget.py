@@ -77,7 +77,7 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
             raise DataError(f"there is no row {unknown[0]}; `edgecl forget --contains TEXT --dry-run` shows rows and their ids")
         learned = {number for number, rows in by_night.items() if rows.intersection(ids)}
         learned |= {number for row_id in ids if (number := held.get(row_id))}
-        numbers = [number for number in learner.generations.numbers() if _descends(learner, number, learned)]
+        numbers = _trained_from(learner, learned)
         if ids:
             shutil.rmtree(learner.home / "runs", ignore_errors=True)
             learner.generations.clear_drafts()
@@ -150,15 +150,20 @@ def retrain(learner: Learner, progress: Progress | None = None) -> Rebuild:
     return rebuild
 
 
-def _descends(learner: Learner, number: int, learned: Collection[int]) -> bool:
-    """Return whether a generation is one of these, or was trained from one, on rows that it kept and what it wrote.
+def _trained_from(learner: Learner, learned: Collection[int]) -> list[int]:
+    """Return these generations and those that were trained from one, on rows that it kept and what it wrote.
 
-    Where a damaged manifest hides what it was trained from, all earlier ones are in question.
+    Where a damaged manifest hides what one was trained from, it may be any earlier one.
     """
-    earlier = {n for n in learned if n <= number}
-    with contextlib.suppress(GenerationError):
-        earlier -= learner.generations.unknown(learner.generations.load(number))
-    return bool(earlier)
+    generations, found = learner.generations, set[int]()
+    numbers = {generations.hash_of(number): number for number in generations.numbers()}
+    parents = {manifest.number: numbers.get(manifest.parent) for manifest in _manifests(learner)}
+    for number in generations.numbers():
+        parent = parents.get(number)
+        is_hidden = number and parent is None
+        if number in learned or parent in found or (is_hidden and any(n < number for n in learned)):
+            found.add(number)
+    return sorted(found)
 
 
 def _manifests(learner: Learner) -> list[Manifest]:

@@ -8,8 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edgecl_convert import GgufFile, merge, open_source, resolve_quant, write_atomic
-from edgecl_convert.names import check_architecture
+from edgecl_convert import merge, open_source, resolve_quant, write_atomic
 from edgecl_convert.recipe import KEEP
 
 from .child import Limits, run_stage
@@ -41,7 +40,7 @@ def make_home(
     limits = load_profile(profile)
     quant = served_at(precision) if precision else quant or limits.quant
     with translated(), open_source(path) as source:
-        check_architecture(source)
+        read_shape(source)  # what nights cannot train is no base
         resolved = resolve_quant(quant, source)
         template = source.get("tokenizer.chat_template")
         if not template:
@@ -107,10 +106,7 @@ def _check_loads(model: Path, profile: Profile, source: Path) -> None:
 
     Raises:
         EdgeclError: it ended, or cannot load the model, which was made from `source`.
-        UnsupportedError: nights cannot train it.
     """
-    with translated(), GgufFile(model) as gguf:
-        read_shape(gguf)
     request = {"model": str(model), "engine": profile.engine_options()}
     try:
         run_stage("load", request, Limits(profile.ram_bytes, 60 * profile.minutes, 0, profile.threads))

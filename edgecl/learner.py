@@ -323,8 +323,8 @@ class Learner:
         manifest = current.manifest
         learned = self.store.claimed(manifest.number).intersection(manifest.learned)
         self.store.settle(learned, manifest.kept, manifest.number, self.settings.replay.archive)
-        nights = {night["generation"] for night in self.store.nights()}
-        if manifest.number and manifest.number not in nights and manifest.store == self.store.number:
+        is_ours = manifest.number and manifest.store == self.store.number
+        if is_ours and all(night["generation"] != manifest.number for night in self.store.nights()):
             with suppress(OSError, ValueError, TypeError, KeyError):  # its report is damaged
                 report = json.loads((current.folder / "report.json").read_bytes())
                 self.store.record_night(manifest.number, True, report["reason"], report)

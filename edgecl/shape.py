@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edgecl_convert import GgufFile, UnsupportedError
+from edgecl_convert import UnsupportedError
 from edgecl_convert.names import check_architecture, head_counts
+from edgecl_convert.source import Source
 
 # projections that share an input, in the order in which their rows stand in one product
 GROUPS = {
@@ -88,7 +89,7 @@ class Shape:
         return sum(self.rows(name) * self.columns(group) for group, names in GROUPS.items() for name in names)
 
 
-def read_shape(gguf: GgufFile) -> Shape:
+def read_shape(gguf: Source) -> Shape:
     """Return the shape of a GGUF model.
 
     Raises:

@@ -177,7 +177,6 @@ class Weights:
 
 
 def _check_tensors(gguf: GgufFile, shape: Shape) -> None:
-    projections = [name for names in GROUPS.values() for name in names]
     norms = [*_NORMS]
     if shape.norms_heads:
         norms += _QK_NORMS
@@ -185,16 +184,18 @@ def _check_tensors(gguf: GgufFile, shape: Shape) -> None:
         norms += _POST_NORMS
     layers = [f"blk.{layer}." for layer in range(shape.n_layer)]
     wanted = {"token_embd.weight", "output_norm.weight"}
-    wanted |= {f"{layer}{name}.weight" for layer in layers for name in (*projections, *norms)}
-    allowed = (
-        wanted | {"output.weight", "rope_freqs.weight"} | {f"{layer}{name}.bias" for layer in layers for name in projections}
-    )
+    sizes = {
+        f"{layer}{name}.weight": (shape.rows(name), shape.columns(group))
+        for layer in layers
+        for group, names in GROUPS.items()
+        for name in names
+    }
+    wanted |= sizes.keys() | {f"{layer}{name}.weight" for layer in layers for name in norms}
+    allowed = wanted | {"output.weight", "rope_freqs.weight"} | {name.removesuffix("weight") + "bias" for name in sizes}
     if missing := sorted(wanted - gguf.tensors.keys()):
         raise UnsupportedError(f"{gguf.path}: lacks the weights of {missing[0]}")
-    sizes = {f"{name}.weight": (shape.rows(name), shape.columns(group)) for group, names in GROUPS.items() for name in names}
-    for name, info in gguf.tensors.items():  # blocks are decoded by address
-        size = sizes.get(name.partition(".")[2].partition(".")[2], info.shape)
-        if info.shape != size:
-            raise UnsupportedError(f"{gguf.path}: {name} is {info.shape}, its metadata wants {size}; download it again")
+    for name, size in sizes.items():  # blocks are decoded by address
+        if (got := gguf.tensors[name].shape) != size:
+            raise UnsupportedError(f"{gguf.path}: {name} is {got}, its metadata wants {size}; download it again")
     if others := sorted(gguf.tensors.keys() - allowed):
         raise UnsupportedError(f"{gguf.path}: tensor {others[0]} has no place in a {shape.architecture} model")
