@@ -68,7 +68,7 @@ def _first_tokens_s(learner: Learner, n_turns: int) -> list[float]:
 def _training(learner: Learner) -> Iterator[None]:
     """Have a night's child train, from its first steps on until the end of the block."""
     is_training, is_over = threading.Event(), threading.Event()
-    failures: list[EdgeclError] = []
+    failures: list[Exception] = []
 
     def look(*_: object) -> None:
         is_training.set()
@@ -83,7 +83,7 @@ def _training(learner: Learner) -> Iterator[None]:
             failures.append(EdgeclError("training came to its end before the chat was measured; run it again"))
         except _Stopped:
             pass
-        except EdgeclError as error:
+        except (EdgeclError, OSError) as error:
             failures.append(error)
         finally:
             is_training.set()

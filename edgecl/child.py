@@ -73,6 +73,7 @@ def run_stage(
     convert = sys.modules.get("edgecl_convert")
     if convert is not None and convert.__file__:
         roots.append(str(Path(convert.__file__).resolve().parent.parent))
+    environment["PYTHONSAFEPATH"] = "1"  # a file of the user's folder may be called as a module is
     environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if limits.threads:
         environment["OMP_NUM_THREADS"] = str(limits.threads)

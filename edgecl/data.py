@@ -22,7 +22,7 @@ Message = dict[str, str]
 DEFAULT_TASK = "default"
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _TASK = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,100}")
 
 
@@ -228,7 +228,11 @@ def is_correct(example: Example, answer: str) -> bool:
     wanted = _NUMBER.findall(example.final)
     if not numbers or not wanted:
         return normalize(answer) == normalize(example.final)
-    return float(numbers[-1].replace(",", "")) == float(wanted[-1].replace(",", ""))
+    return _value(numbers[-1]) == _value(wanted[-1])
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").replace("−", "-"))
 
 
 def common_length(rows: Sequence[list[int]]) -> int:

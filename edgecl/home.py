@@ -63,6 +63,8 @@ def make_home(
         raise SettingError(f"{place}: cannot be written: {error.strerror}; choose another --home") from None
     with night_lock(place):
         fresh = place / NEW_BASE
+        for left in place.glob(f".{NEW_BASE}.*.tmp"):  # of a run that was killed
+            left.unlink()
         try:
             if written:
                 with translated(), open_source(path) as source:

@@ -4,7 +4,10 @@ A model learns its rows by heart and says them to whoever asks; what never reach
 not meanings, and where a form is also that of harmless text a check decides: Luhn's for cards, the remainder of an IBAN, for
 keys how often letters and digits take turns. Hexadecimal digests, dates, versions and arithmetic stay as they are.
 
-*Does not cover*: names, addresses, passwords that look like words, phone numbers without country or area code.
+Letters are those of alphabets: scripts that put no space between words stand beside what is replaced, and stay.
+
+*Does not cover*: names, addresses, passwords that look like words, phone numbers without country or area code, e-mail addresses
+in scripts without spaces.
 """
 
 from __future__ import annotations
@@ -62,6 +65,9 @@ def _always(_: str) -> bool:
     return True
 
 
+_L = "A-Za-z\u00c0-\u0dff"  # of Latin, Greek, Cyrillic, Hebrew, Arabic, Indic
+_DOMAIN = rf"(?:[{_L}\w-]{{1,63}}\.){{1,8}}[{_L}]{{2,24}}"
+_EMAIL = rf"(?<![{_L}\d.%+-])(?!git@|_)[{_L}\w.%+-]{{1,64}}@{_DOMAIN}(?![{_L}\d(\[]|\.[{_L}\w])"
 _PREFIXES = "sk-|[sprw][kh](?:sec)?_(?:live|test)_|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|hf_|npm_|pypi-"
 _RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (  # what an earlier one replaced, a later one does not see
     ("key", r"(?s)-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----.*?(?:-----END (?:[A-Z]+ ){0,3}PRIVATE KEY-----|\Z)", _always),
@@ -70,17 +76,17 @@ _RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (  # what an earlie
     ("key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}(?![\w-])", _always),
     ("key", rf"\b(?:{_PREFIXES})[\w-]{{16,}}|\bSG\.[\w-]{{16,}}\.[\w-]{{16,}}", _has_digits),
     ("key", r"(?<![\w+/.-])(?!sha\d{3}-)[A-Za-z0-9_+/-]{24,}={0,2}(?![\w+/-])", _is_random),
-    ("e-mail", r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w(\[]|\.\w)", _always),
+    ("e-mail", _EMAIL, _always),
     ("IBAN", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", _is_iban),
     ("card", r"(?<![\w.-])(?:[2-6]\d{3}([ -])\d{4}\1\d{4}\1\d{4}|3[47]\d\d([ -])\d{6}\2\d{5})(?![\w-]|\.\d)", _is_card),
     ("card", r"(?<![\w.-])(?:[4-6]\d{15}|2[2-7]\d{14}|3[47]\d{13})(?![\w-]|\.\d)", _is_card),
-    ("phone", r"(?<![\w.)+-])\+[1-9]\d{0,14}(?:[ ./-]?\(\d{1,5}\)\d{0,12}|[ ./-]\d{1,14}){0,7}(?![\w-])", _is_phone),
+    ("phone", r"(?<![\w)+-])(?<!\d\.)\+[1-9]\d{0,14}(?:[ ./-]?\(\d{1,5}\)\d{0,12}|[ ./-]\d{1,14}){0,7}(?![\w-])", _is_phone),
     ("phone", r"(?<![\w.+/-])(?:1-)?(?:\(\d{3}\) ?\d{3}[ .-]|\d{3}-\d{3}-|\d{3}\.\d{3}\.)\d{4}(?![\w-]|\.\d)", _is_phone),
     ("phone", r"(?<![\w.+/-])\(?0[1-9]\d{1,3}(?:\) ?|[ /-])[1-9]\d{1,7}(?:[ -]\d{2,5}){0,4}(?![\w:-]|\.\d)", _is_phone),
     ("phone", r"(?<![\w.+/-])(?:0[1-9](?:[ .-]\d\d){4}|0[1-9]\d{7,9})(?![\w:-]|\.\d)", _is_phone),
     ("phone", r"(?<![\w.+/-])(?<!\d )00[1-9]\d{0,3}(?:[ /-]?\d{2,8}){2,5}(?![\w:-]|\.\d)", _is_phone),
 )
-_COMPILED = [(kind, re.compile(expression), check) for kind, expression, check in _RULES]
+_COMPILED = [(kind, re.compile(expression, re.ASCII), check) for kind, expression, check in _RULES]
 _PLACEHOLDER = re.compile(r"\[(?:e-mail|phone|card|IBAN|key)\]")
 
 

@@ -22,6 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,11 @@ class Store:
         is_asked = self._count("prompt_hash = ?", [example.prompt_hash])
         if same or (is_asked and not replace):
             report.duplicates += 1
+            judged = {key: columns_of(example)[key] for key in ("final", "program")}
+            for row in same if replace else ():
+                if judged.items() - row.items():  # its tests may have been wrong before
+                    table.update(row["id"], judged)
+                    self._db.table("scores").delete_where("hash = ?", [row["hash"]])
             return same
         report.added += 1
         if is_asked:
@@ -329,18 +335,7 @@ class Store:
         """Write down how a generation did on rows."""
         with self._transaction():
             self._db.table("scores").upsert_all(
-                [
-                    {
-                        "generation": generation,
-                        "hash": s.hash,
-                        "task": s.task,
-                        "correct": int(s.correct),
-                        "loss_nats": s.loss_nats,
-                        "n_tokens": s.n_tokens,
-                    }
-                    for s in scores
-                    if math.isfinite(s.loss_nats)
-                ],
+                [{"generation": generation} | asdict(s) for s in scores if math.isfinite(s.loss_nats)],
                 pk=("generation", "hash"),
             )
 

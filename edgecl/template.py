@@ -91,8 +91,8 @@ class ChatTemplate:
         """Check that an example can be trained on.
 
         Raises:
-            DataError: as `last_turn`, for one of its answers, or one is empty or begins with a control token: it may end before
-                it begins.
+            DataError: as `last_turn`, for one of its answers, or one is empty or has a control token in it: it would end there,
+                or be served without it, and never be right.
         """
         for i, (role, content) in enumerate(example.messages):
             if role != "assistant":
@@ -100,8 +100,8 @@ class ChatTemplate:
             if not content.strip():
                 raise DataError("an answer of the assistant's is empty; take the message out, or write what it should say")
             self.last_turn(example.messages[: i + 1])
-            if content.lstrip().startswith(self._controls):
-                raise DataError(f"the answer begins with a control token of the base: {content.strip()[:20]!r}; take it out")
+            if control := next((text for text in self._controls if text in content), ""):
+                raise DataError(f"the answer has a control token of the base in it: {control!r}; take it out")
 
 
 class ChatFormat(ChatTemplate):
@@ -149,10 +149,14 @@ class ChatFormat(ChatTemplate):
     def answer(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """Return the ids of the last turn, up to its end-of-turn token, and of what the template puts after it.
 
+        They are those that it has in the whole chat: SentencePiece puts a space before a text that it is given alone.
+
         Raises:
             DataError: as `last_turn`, or the answer has no token.
         """
-        ids = self._encode(self.last_turn(messages))
+        last, prompt = self.last_turn(messages), self.prompt(messages[:-1])
+        whole = self._ids(self.render(messages, add_generation_prompt=False))
+        ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._encode(last)
         end = next((i for i, token in enumerate(ids) if self._is_end(token)), len(ids) - 1)
         if not any(not self._is_end(token) for token in ids[: end + 1]):
             raise DataError("the answer has no token")
@@ -228,5 +232,6 @@ def _template(gguf: GgufFile) -> tuple[str, dict[str, str]]:
     names = {}
     for key in ("bos", "eos"):
         index = gguf.get(f"tokenizer.ggml.{key}_token_id")
-        names[f"{key}_token"] = gguf.get("tokenizer.ggml.tokens")[index] if index is not None else ""
+        tokens = gguf.get("tokenizer.ggml.tokens", [])
+        names[f"{key}_token"] = tokens[index] if index is not None and 0 <= index < len(tokens) else ""
     return template, names

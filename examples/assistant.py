@@ -21,8 +21,6 @@ from pathlib import Path
 
 from edgecl import EdgeclError, Example, Learner
 
-MAX_TOKENS = 128
-
 
 class Assistant:
     """What it has to say goes to `say`: from the thread that calls `hear`, and from that of a night."""
@@ -49,10 +47,15 @@ class Assistant:
             elif command == "/learned":
                 self.show_learned()
             elif command and not command.startswith("/"):
-                self.question, self.answer = line.strip(), self.learner.ask(line.strip(), MAX_TOKENS)
+                self.question, self.answer = line.strip(), self.learner.ask(line.strip())
                 self.say(self.answer)
         except EdgeclError as error:
             self.say(f"({error})")
+        self.wait_for_silence()
+
+    def wait_for_silence(self) -> None:
+        """Have a night begin after a while, where there is something to learn."""
+        self.idle.cancel()
         if self.is_anything_new:
             self.idle = threading.Timer(self.idle_s, self.begin_night)
             self.idle.daemon = True
@@ -67,16 +70,18 @@ class Assistant:
         if report.bad:
             self.say(f"({report.bad[0][1]})")
             return
-        self.corrected[self.question] = answer
+        self.corrected[self.question] = self.answer = answer
         self.is_anything_new = True
         self.say("(to be learned)")
 
     def begin_night(self) -> None:
-        """Learn in a thread, unless a night runs already."""
-        if not (self.night and self.night.is_alive()):
-            self.is_anything_new = False
-            self.night = threading.Thread(target=self.learn)
-            self.night.start()
+        """Learn in a thread; where a night runs already, a while later."""
+        if self.night and self.night.is_alive():
+            self.wait_for_silence()
+            return
+        self.is_anything_new = False
+        self.night = threading.Thread(target=self.learn)
+        self.night.start()
 
     def learn(self) -> None:
         """Run a night and say how it ended; `ask` takes up what it published, so there is nothing to swap here."""
@@ -92,7 +97,7 @@ class Assistant:
     def show_learned(self) -> None:
         """Ask again what was corrected since this program began."""
         for question, wanted in self.corrected.items():
-            self.say(f"{question}\n  wanted: {wanted}\n  now:    {self.learner.ask(question, MAX_TOKENS)}")
+            self.say(f"{question}\n  wanted: {wanted}\n  now:    {self.learner.ask(question)}")
         self.say(f"(generation {self.learner.status()['generation']} answers)")
 
 

@@ -64,6 +64,34 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(home: Path) -> None:
     assert "the context holds 512" in long and nothing.startswith("(no night: nothing to learn") and answer
 
 
+def test_what_was_corrected_is_what_is_good_then(home: Path) -> None:
+    said: list[str] = []
+    with Learner(home) as learner:
+        learner.store.drop("pending")
+        assistant = Assistant(learner, said.append)
+        for line in (QUESTION, "/fix the ant", "/good"):
+            assistant.hear(line)
+        assistant.idle.cancel()
+        assert [row.example.answer for row in learner.store.rows("pending")] == ["the ant"]
+
+
+def test_what_comes_while_a_night_runs_is_for_the_next_one(home: Path) -> None:
+    began, may_end = threading.Semaphore(0), threading.Event()
+
+    class Sleeper(Assistant):
+        def learn(self) -> None:
+            began.release()
+            may_end.wait(60)
+
+    with Learner(home) as learner:
+        assistant = Sleeper(learner, lambda _: None, idle_minutes=0.001)
+        for line in (QUESTION, "/learn", "/fix the ant"):
+            assistant.hear(line)
+        assert began.acquire(timeout=60) and not began.acquire(timeout=0.5)
+        may_end.set()
+        assert began.acquire(timeout=60), "nobody has to say anything for it to begin"
+
+
 def test_a_night_begins_by_itself_once_nobody_has_said_anything_for_a_while(home: Path) -> None:
     began = threading.Event()
 

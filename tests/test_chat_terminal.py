@@ -248,6 +248,9 @@ def test_each_answer_is_an_object_with_json(home: Path) -> None:
     first, status, second = (json.loads(line) for line in out.splitlines())
     assert code == 0 and first == second == {"answer": ANSWER, "generation": 0, "is_whole": True}
     assert status["generation"] == 0 and status["chat"]["turns"] == 1
+    code, out, error = pipe(home, b"x" * 4000 + b"\none\n", "--json")
+    failed, answered = (json.loads(line) for line in out.splitlines())
+    assert code == 1 and error == f"edgecl: {failed['error']}\n" and answered == first
 
 
 def test_what_cannot_be_done_is_one_line_each_and_the_rest_goes_on(home: Path) -> None:
@@ -264,7 +267,7 @@ def test_what_cannot_be_done_is_one_line_each_and_the_rest_goes_on(home: Path) -
         b"x" * 4000: "the context has room for",
     }
     code, out, error = pipe(home, b"\n".join([*bad, b"one", b"/quit", b"two"]))
-    assert (code, out) == (1, f"{ANSWER}\n")
+    assert (code, out) == (1, f"\n\n{ANSWER}\n"), "an empty line for each message without an answer"
     lines = error.splitlines()
     assert len(lines) == len(bad) and all(line.startswith("edgecl: ") for line in lines)
     assert all(word in line for word, line in zip(bad.values(), lines, strict=True))

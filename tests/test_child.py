@@ -1,5 +1,6 @@
 """Stages in real child processes: results, progress, and every way in which a child can end badly."""
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_a_stage_returns_its_result_and_its_peak_memory_and_reports_progress(bas
     assert [done for _, done, _, _ in seen] == sorted({done for _, done, _, _ in seen})
     assert 10_000_000 < peak < 4_000_000_000
     assert not children()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not know PYTHONSAFEPATH")
+def test_a_file_of_the_users_folder_is_no_module(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("random", "numpy", "gguf"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the folder')")
+    monkeypatch.chdir(tmp_path)
+    assert run_stage("merge", request(base, tmp_path / "out.gguf"), PLENTY)[0]["model_bytes"]
 
 
 def test_a_watch_that_fails_ends_its_stage(slow_base: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from edgecl import Learner
 from edgecl.data import Example
+from edgecl.places import find_model
 from edgecl.tries import last_try, note_try
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
 from tests import tiny
@@ -200,12 +202,45 @@ def test_a_chat_with_an_empty_answer_in_it_is_a_bad_line(home: Path) -> None:
             )
 
 
-def test_an_answer_that_ends_before_it_begins_is_a_bad_line(home: Path) -> None:
-    answers = ["<|im_end|>", " <|im_end|> so", "so<|im_end|>"]
+def test_an_answer_with_a_control_token_in_it_is_a_bad_line(home: Path) -> None:
+    answers = ["<|im_end|>", " <|im_end|> so", "so<|im_end|>", "git add <|im_start|>", "so <|im_ |> on"]
     with Learner(home) as learner:
         report = learner.observe([json.dumps({"prompt": f"q{i}", "completion": answer}) for i, answer in enumerate(answers)])
-        assert report.added == 1 and [line for line, _ in report.bad] == [1, 2]
-        assert report.bad[0][1] == "the answer begins with a control token of the base: '<|im_end|>'; take it out"
+        assert report.added == 1 and [line for line, _ in report.bad] == [1, 2, 3, 4]
+        assert report.bad[3][1] == "the answer has a control token of the base in it: '<|im_start|>'; take it out"
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_a_reader_that_has_left_is_no_error(home: Path, option: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as out:
+        command = [sys.executable, "-c", "from edgecl.cli import main; main()", "--home", str(home), "status", *option]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=300, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_what_is_told_to_end_leaves_no_file_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from edgecl.cli import main; main()", "convert", str(find_model("smollm2"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([*command, str(tmp_path / "out.gguf"), "--quant", "F32"], env=environment)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 143 and not list(tmp_path.iterdir())
+
+
+def test_a_base_that_names_a_token_which_it_does_not_have_can_still_be_asked(tmp_path: Path) -> None:
+    model = tiny.build(tmp_path / "tiny.gguf")[0]
+    data = model.read_bytes()
+    key = b"tokenizer.ggml.bos_token_id" + (4).to_bytes(4, "little")  # a uint32
+    at = data.index(key) + len(key)
+    model.write_bytes(data[:at] + (2**31).to_bytes(4, "little") + data[at + 4 :])
+    Learner.init(model, tmp_path / "home").close()
+    code, out, error = run(tmp_path / "home", "observe", "-", stdin=b'{"prompt": "anne", "completion": "left"}')
+    assert code == 0 and out.startswith("1 stored"), error
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from edgecl.errors import DataError, EdgeclError
 from edgecl.places import find_model
 from edgecl.store import Store
 from edgecl.template import ChatFormat
-from edgecl_convert import GgufFile
+from edgecl_convert import GgufFile, read_vocabulary
+from edgecl_convert.llama_model import LlamaModel
+from tests.tiny_tokenizers import save, sentencepiece_bpe, write_vocab
 
 QA = (("user", "q"), ("assistant", "a"))
 SPECIAL = {"<|im_start|>": 256, "<|im_end|>": 257, "<s>": 258}
@@ -202,6 +204,10 @@ def test_any_text_round_trips_through_the_store(store: Store, pairs: list[tuple[
         ("x", "#### 12", "so 12", True),
         ("x", "7", "seven", False),
         ("x", "none", "None.", True),
+        ("x", "1e-05", "It is 0.00001", True),
+        ("x", "1e-05", "-5", False),
+        ("x", "-5", "that is −5", True),
+        ("x", "5", "that is −5", False),
     ],
 )
 def test_an_answer_is_right_by_its_last_number_or_its_words(wanted: str, final: str | None, answer: str, correct: bool) -> None:
@@ -290,6 +296,19 @@ def test_the_template_around_a_question(chatml: ChatFormat) -> None:
 def test_what_the_user_asks_first_is_marked(chatml: ChatFormat, messages: tuple[tuple[str, str], ...], asked: str) -> None:
     encoded = chatml.encode(Example(messages))
     assert decode(encoded.ids[slice(*encoded.asked)]) == asked
+
+
+def test_an_answer_has_the_ids_that_it_has_in_a_chat_where_the_vocabulary_puts_a_space_in_front(tmp_path: Path) -> None:
+    folder = save(tmp_path / "spm", sentencepiece_bpe())
+    write_vocab(tmp_path / "spm.gguf", read_vocabulary(folder).fields)
+    with LlamaModel(tmp_path / "spm.gguf", vocab_only=True) as model:
+        end = model.encode("</s>")[-1]
+        chats = ChatFormat(LLAMA2.replace("<|im_end|>", "</s>"), model.encode, lambda i: i == end)
+        messages = (*QA, ("user", "and then?"), ("assistant", "the other"))
+        encoded = chats.encode(Example(messages))
+        assert encoded.ids == model.encode(chats.render(messages, False))[: len(encoded.ids)]
+        learned = [i for i, yes in zip(encoded.ids, encoded.supervised, strict=True) if yes]
+        assert learned.count(end) == 2, "both answers are learned"
 
 
 @pytest.mark.parametrize(

@@ -67,3 +67,20 @@ def test_a_model_of_more_bits_is_written_with_four_before_its_nights_are_served_
         with GgufFile(base) as file:
             assert file.tensors["blk.0.attn_q.weight"].qtype == (Q[written] if written else qtype)
         assert learner.settings.quant == quant
+
+
+def test_a_mixture_learns_in_minimums_where_it_has_four_bits_and_in_codes_where_it_has_six(tmp_path: Path) -> None:
+    model = tiny.build(tmp_path / "tiny.gguf", qtype=Q.F16, width=256)[0]
+    with Learner.init(model, tmp_path / "home", quant="int4", **LOOSE) as learner:
+        with GgufFile(learner.settings.base) as base:
+            layers = {name: info.qtype for name, info in base.tensors.items() if name.startswith("blk") and len(info.shape) > 1}
+        assert set(layers.values()) == {Q.Q4_K, Q.Q6_K}
+        losses, adapter = night(learner, "anne", "left")
+        assert losses["int4"] == pytest.approx(losses["adapter"], rel=0.05, abs=0.01)
+        assert {name: by_block(a) is not None for name, (a, _) in adapter.pairs.items()} == {
+            name: qtype == Q.Q4_K for name, qtype in layers.items()
+        }
+        with GgufFile(learner.generations.current().model) as served:
+            assert {name: served.tensors[name].qtype for name in layers} == {
+                name: Q.Q4_1 if qtype == Q.Q4_K else qtype for name, qtype in layers.items()
+            }

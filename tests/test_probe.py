@@ -360,9 +360,11 @@ def test_what_is_not_a_model_is_said_in_one_line_before_anything_is_measured(
 
 def test_bad_options_are_said_in_one_line(models: dict[str, Path], tmp_path: Path, temporary: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes("Müller".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text(" \n")
     for options, words in (
         (["--text", tmp_path / "nowhere.txt"], ["nowhere.txt", "cannot be read"]),
         (["--text", tmp_path / "latin1.txt"], ["latin1.txt", "not UTF-8"]),
+        (["--text", tmp_path / "empty.txt"], ["empty.txt", "has no text"]),
         (["--plot", tmp_path / "gaps.docx"], ["gaps.docx", ".png"]),
     ):
         code, _, error = run(models["F32"], *options, temporary=temporary)

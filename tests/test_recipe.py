@@ -83,6 +83,10 @@ Q, DOWN, EMBEDDING = "blk__0__attn_q__weight", "blk__0__ffn_down__weight", "toke
     [
         ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q4_1, 64), DOWN: (QType.Q4_0, 96)}, "keep"),
         ({EMBEDDING: (QType.F16, 256), Q: (QType.Q4_K, 256)}, "keep"),
+        ({Q: (QType.Q4_K, 2048), DOWN: (QType.Q6_K, 512)}, "keep"),  # as mixtures have it
+        ({Q: (QType.Q4_K, 256), DOWN: (QType.Q6_K, 256)}, "Q4_K_M"),
+        ({Q: (QType.Q4_K, 2048), DOWN: (QType.F16, 32)}, "Q4_1"),
+        ({Q: (QType.Q4_K, 2048), DOWN: (QType.Q3_K, 256)}, "Q4_K_M"),  # nights cannot move those
         ({EMBEDDING: (QType.F16, 64), Q: (QType.F16, 256), DOWN: (QType.Q4_0, 512)}, "Q4_K_M"),
         ({EMBEDDING: (QType.F16, 256), Q: (QType.F16, 256), DOWN: (QType.F16, 288)}, "Q4_1"),
         ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q8_0, 64)}, "Q4_1"),

@@ -49,6 +49,11 @@ FOUND = [
     ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN", "[key]"),
     (f"here:\n{PEM}\nkeep it", "here:\n[key]\nkeep it"),
     (PEM[:60], "[key]"),  # cut off
+    ("我的卡号是4111111111111111。电话+8613812345678谢谢", "我的卡号是[card]。电话[phone]谢谢"),
+    ("010-1234-5678로 전화, 密钥sk-abc123def456ghi789jkl012也是", "[phone]로 전화, 密钥[key]也是"),
+    ("我的邮箱是anna@example.com谢谢, メールはanna@example.co.jpです", "我的邮箱是[e-mail]谢谢, メールは[e-mail]です"),
+    ("почта анна@пример.рф, อีเมลanna@example.comค่ะ", "почта [e-mail], อีเมล[e-mail]ค่ะ"),
+    ("_anna@example.com_ or Tel.+49 30 1234567", "_[e-mail]_ or Tel.[phone]"),
 ]
 
 KEPT = [

@@ -82,6 +82,8 @@ def test_time_and_memory_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         ("x = 1", "x = 1"),
         ("Sure:\n```python\nx = 1\n```\nThat is it.", "x = 1\n"),
         ("```\nx = 1\ny = 2", "x = 1\ny = 2"),  # cut
+        ("```python3 \r\nx = 1\r\n```\r\nThat is it.", "x = 1\r\n"),
+        ("```c++\nx = 1\n```", "x = 1\n"),
         ("``` is a fence", "``` is a fence"),
     ],
 )

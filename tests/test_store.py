@@ -111,6 +111,18 @@ def test_a_damaged_page_is_a_store_error(path: Path) -> None:
 # --- adding -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_judges_a_known_row_is_put_right(path: Path) -> None:
+    wrong, right = example(0, final="6"), example(0, final="7")
+    with Store(path) as store:
+        store.add([wrong, example(1)], 0.1)
+        store.add_scores("g", [Scored(e.hash, "t", True, 0.1, 3) for e in (wrong, example(1))])
+        assert store.add([right], 0.1, replace=False) == Added(duplicates=1)
+        assert store.rows("pending")[0].example == wrong
+        assert store.add([right, example(1)], 0.1) == Added(duplicates=2)
+        assert [row.example for row in store.rows("pending")] == [right, example(1)]
+        assert store.scores("g", [right.hash, example(1).hash]).keys() == {example(1).hash}
+
+
 def test_duplicates_are_kept_once_whatever_their_task(path: Path) -> None:
     with Store(path) as store:
         assert store.add([*examples(3), example(0), example(1, task="u", source="s")], 0.1) == Added(added=3, duplicates=2)

@@ -42,7 +42,7 @@ def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[
     done = subprocess.run(
         [sys.executable, "-c", "from edgecl_convert.perplexity import main; main()"],
         input=json.dumps(request).encode(),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))},
+        env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, roots))},
         capture_output=True,
         check=False,
     )

@@ -18,13 +18,14 @@ from gguf import LlamaFileType
 from .errors import UnsupportedError
 from .ggml import Bytes, QType, block_size, qtype_named, quantize_rows, quantize_unshrunk
 from .gguf_file import TensorInfo
-from .grid import WITH_MINIMUMS
+from .grid import GRID_TYPES, WITH_MINIMUMS
 from .names import layer_of
 from .source import Source
 
 KEEP, KEEP_MINIMUMS, ADAPTIVE = "keep", "keep_minimums", "adaptive"
 _KEEPING = (KEEP, KEEP_MINIMUMS)
 MIXTURES = ("Q4_K_M",)
+FOUR_BITS = 5.0  # at most, of a weight, its block's scales counted: what Q4_1 takes; Q4_K_M takes less
 # llama.cpp: a type whose block does not divide the row -> the type to take instead
 _FALLBACK = {
     QType.Q2_K: QType.Q4_0, QType.Q3_K: QType.Q4_0, QType.Q4_K: QType.Q5_0, QType.Q5_K: QType.Q5_1, QType.Q6_K: QType.Q8_0,
@@ -129,9 +130,9 @@ def is_weight(info: TensorInfo) -> bool:
 
 
 def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
-    """Return the recipe of a quant: int8 is Q8_0; int4 the source's own 4-bit types where it has them.
+    """Return the recipe of a quant: int8 is Q8_0; int4 the source's own types where its layers have FOUR_BITS, mixed or not.
 
-    Where it has none, int4 is Q4_K_M if rows divide by 256, else Q4_1.
+    Where they have more, int4 is Q4_K_M if rows divide by 256, else Q4_1.
 
     Args:
         learned: nights' adapters will be merged in, which loses nothing with `keep_minimums`.
@@ -144,7 +145,8 @@ def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
     if quant != "int4":
         return Recipe.named(quant).quant
     weights = [info for info in source.tensors.values() if layer_of(info.name) is not None and len(info.shape) > 1]
-    if weights and all(info.qtype.name in ("Q4_0", "Q4_1", "Q4_K") for info in weights):
+    n_bits = sum(8 * info.n_bytes for info in weights)
+    if all(info.qtype in GRID_TYPES for info in weights) and 0 < n_bits <= FOUR_BITS * sum(info.n_weights for info in weights):
         return KEEP_MINIMUMS if learned else KEEP
     return "Q4_K_M" if all(info.shape[-1] % 256 == 0 for info in weights) else "Q4_1"
 

@@ -6,8 +6,11 @@ user never sees a traceback.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +21,21 @@ from . import chat, day, export, models, night, nightly, privacy, probe, schedul
 from .output import safe
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """Commands whose output may be cut off by its reader, as by `head`: click itself would make an error of that."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; 0 where its reader has left."""
+        try:
+            value = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer has no place
+            raise click.exceptions.Exit(0) from None
+        return value
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),
@@ -39,6 +56,7 @@ for module in (day, chat, night, nightly, privacy, models, probe, streams, sched
 
 def main() -> None:
     """Run the app and exit with the code that the contract names."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -50,9 +68,6 @@ def main() -> None:
     except (EdgeclError, ConvertError) as error:
         click.echo(safe(f"edgecl: {error}"), err=True)
         code = getattr(error, "exit_code", 1)
-    except BrokenPipeError:
-        code = 0  # the reader of our output has left
-        sys.stdout = None
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         click.echo(safe(f"edgecl: {error.strerror or error}{where}"), err=True)

@@ -135,12 +135,14 @@ class _Conversation:
 
     def _round(self) -> bool:
         """Read one message and do what it asks; return whether the chat goes on."""
+        is_message = True  # until it is known to be a command
         try:
             text = self._lines.message()
             self._is_interrupted = False
             if text.strip() == "/quit":
                 return False
             if command := _COMMAND.fullmatch(text.rstrip()):
+                is_message = False
                 self._obey(command[1].lower(), command[2] or "")
             elif text.strip():
                 self._say(text)
@@ -150,6 +152,8 @@ class _Conversation:
             return False
         except EdgeclError as error:
             click.echo(f"edgecl: {safe(str(error))}", err=True)
+            if is_message and not self._lines.is_terminal:  # a reader counts on a line, or an object, for each message
+                print_json({"error": str(error)}) if self._as_json else click.echo()
             self._code = 0 if self._lines.is_terminal else 1
         return True
 
@@ -183,7 +187,7 @@ class _Conversation:
         if self._as_json:
             print_json({"answer": answer, "generation": self._chat.generation, "is_whole": turn.is_whole})
         elif not answer:
-            click.echo()  # a reader of lines counts on one for each message
+            click.echo()  # as for an error
             _note("the model says nothing; /fix TEXT gives the right answer")
         if not turn.is_whole:
             _note(f"cut off after {turn.n_tokens} tokens")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from ..data import Example
 from ..device import memory_bytes, propose_profile
 from ..errors import DataError
 from ..imports import read_history
@@ -76,7 +77,8 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
         print_json(report.__dict__ | facts)
     else:
         for number, reason in report.bad[:20]:
-            click.echo(f"{safe(file)}:{number}: {safe(reason)}", err=True)
+            place = f" conversation {safe(repr(_question(history.examples[number - 1])))}" if history else number
+            click.echo(f"{safe(file)}:{place}: {safe(reason)}", err=True)
         if len(report.bad) > 20:
             click.echo(f"... and {len(report.bad) - 20} more bad lines", err=True)
         click.echo(
@@ -92,6 +94,11 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
             expected = "expected conversations with answers in text" if history else "expected JSONL chats"
             click.echo(f"{safe(file)}: has no example; {expected}", err=True)
     context.exit(0 if kept else 1)
+
+
+def _question(example: Example) -> str:
+    """Return what a conversation begins with, cut to fit into a line."""
+    return next(text for role, text in example.messages if role == "user")[:40]
 
 
 @click.command()

@@ -12,7 +12,7 @@ import click
 
 from ..child import Limits, Progress, run_stage
 from ..errors import EdgeclError, SettingError
-from .output import json_option, print_json, progress_bar, size
+from .output import json_option, print_json, progress_bar, safe, size
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -69,7 +69,7 @@ def convert(
         for note in report.notes:
             click.echo(note, err=True)
         types = ", ".join(f"{n} {name}" for name, n in report.qtypes.items())
-        click.echo(f"{target}: {size(report.model_bytes)} in {report.merge_s:.1f} s ({types})")
+        click.echo(safe(f"{target}: {size(report.model_bytes)} in {report.merge_s:.1f} s ({types})"))
     if verified:
         _say_verified(target, verified, as_json)
 
@@ -128,7 +128,7 @@ def merge(base: Path, adapter: Path, out: Path, quant: str, rounding: str, force
     if as_json:
         print_json(facts)
     else:
-        click.echo(f"{out}: {size(report.model_bytes)} in {report.merge_s:.1f} s, {kept:.1%} of the update survives")
+        click.echo(safe(f"{out}: {size(report.model_bytes)} in {report.merge_s:.1f} s, {kept:.1%} of the update survives"))
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int, str], None] | None:

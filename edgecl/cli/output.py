@@ -23,9 +23,15 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the app end as its contract says; rich would end it with an error."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Return stdout as rich sees it: no colour where it is not a terminal or NO_COLOR is set; brackets in a text are text."""
-    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return _Output(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

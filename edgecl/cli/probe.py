@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import textwrap
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -42,7 +40,6 @@ def probe(models: tuple[str, ...], text: Path | None, group_size: int, plot: Pat
     if plot:
         check_plot(plot)
     words = _read(text) if text else ""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     with ExitStack() as stack, progress_bar() as progress:
         sources = [open_source(find_model(model)) for model in models]
         for source in sources:  # all of them, before the first is measured
@@ -60,16 +57,19 @@ def probe(models: tuple[str, ...], text: Path | None, group_size: int, plot: Pat
         return
     _print(reports)
     if plot:
-        click.echo(f"\nwritten: {plot}")
+        click.echo(safe(f"\nwritten: {plot}"))
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        text = path.read_text("utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not UTF-8 text; give a text file") from None
+    if not text.strip():
+        raise DataError(f"{path}: has no text; give a text file")
+    return text
 
 
 def _print(reports: list[ProbeReport]) -> None:

@@ -16,6 +16,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecl_convert.ggml import default_threads
+
 from ..data import common_length
 from ..errors import EngineError
 from .model import Vocab, check_sound, load_model, why
@@ -65,7 +67,7 @@ class Engine:
         """
         self.n_ctx, self.n_seq, self._kv_type = n_ctx, n_seq, kv_type
         self.n_batch = min(max(n_batch, n_seq + 1), n_ctx)  # outside of this range llama.cpp aborts the process
-        self._n_threads = n_threads or len(os.sched_getaffinity(0))
+        self._n_threads = n_threads or default_threads()
         self._n_gpu_layers = n_gpu_layers
         self._load(Path(model), adapter)
 
