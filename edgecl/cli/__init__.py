@@ -20,6 +20,8 @@ from ..errors import EdgeclError
 from . import chat, day, export, models, night, nightly, privacy, probe, schedule, streams, verify
 from .output import safe
 
+INTERRUPTED, TOLD_TO_END = 130, 143  # exit codes after SIGINT and SIGTERM
+
 
 class _Commands(click.Group):
     """Commands whose output may be cut off by its reader, as by `head`: click itself would make an error of that."""
@@ -56,12 +58,12 @@ for module in (day, chat, night, nightly, privacy, models, probe, streams, sched
 
 def main() -> None:
     """Run the app and exit with the code that the contract names."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TOLD_TO_END))  # so that temporary files go
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted; nothing that was stored is lost", err=True)
-        code = 130
+        code = INTERRUPTED
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -75,4 +77,8 @@ def main() -> None:
     except UnicodeError as error:  # a name of another encoding, or a terminal that cannot show a text
         click.echo(safe(f"edgecl: a text or a name cannot be written: {error}; use UTF-8 names and a UTF-8 terminal"), err=True)
         code = 1
+    except SystemExit as ended:
+        code = ended.code
+    if code in (INTERRUPTED, TOLD_TO_END):  # Python would wait for a thread that was just starting, which nobody then ends
+        os._exit(code)
     sys.exit(code if isinstance(code, int) else 0)
