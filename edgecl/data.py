@@ -22,7 +22,7 @@ Message = dict[str, str]
 DEFAULT_TASK = "default"
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][+−-]?\d+)?")
 _TASK = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,100}")
 
 
@@ -50,6 +50,11 @@ class Example:
     def answer(self) -> str:
         """The last turn."""
         return self.messages[-1][1]
+
+    @property
+    def asked(self) -> str:
+        """What the user says first, on one line."""
+        return " ".join(next(content for role, content in self.messages if role == "user").split())
 
     @property
     def prompt_hash(self) -> str:

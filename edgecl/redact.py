@@ -4,10 +4,10 @@ A model learns its rows by heart and says them to whoever asks; what never reach
 not meanings, and where a form is also that of harmless text a check decides: Luhn's for cards, the remainder of an IBAN, for
 keys how often letters and digits take turns. Hexadecimal digests, dates, versions and arithmetic stay as they are.
 
-Letters are those of alphabets: scripts that put no space between words stand beside what is replaced, and stay.
+What is written in Chinese, Japanese, Korean or Thai may stand right beside what is replaced, and stays.
 
 *Does not cover*: names, addresses, passwords that look like words, phone numbers without country or area code, e-mail addresses
-in scripts without spaces.
+in those scripts.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _always(_: str) -> bool:
     return True
 
 
-_L = "A-Za-z\u00c0-\u0dff"  # of Latin, Greek, Cyrillic, Hebrew, Arabic, Indic
+_L = "A-Za-z\u00c0-\u0dff\u10a0-\u10ff\u1200-\u137f\u1e00-\u1fff"  # of scripts that put spaces between words
 _DOMAIN = rf"(?:[{_L}\w-]{{1,63}}\.){{1,8}}[{_L}]{{2,24}}"
-_EMAIL = rf"(?<![{_L}\d.%+-])(?!git@|_)[{_L}\w.%+-]{{1,64}}@{_DOMAIN}(?![{_L}\d(\[]|\.[{_L}\w])"
+_EMAIL = rf"(?<![{_L}\d.%+-])(?!git@|_)[{_L}\w.%+-]{{1,64}}@{_DOMAIN}(?!_?[{_L}\d(\[]|\.[{_L}\w])"
 _PREFIXES = "sk-|[sprw][kh](?:sec)?_(?:live|test)_|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|hf_|npm_|pypi-"
 _RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (  # what an earlier one replaced, a later one does not see
     ("key", r"(?s)-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----.*?(?:-----END (?:[A-Z]+ ){0,3}PRIVATE KEY-----|\Z)", _always),

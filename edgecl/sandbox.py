@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-CPU_S, WALL_S = 3, 60  # on a busy machine, a night gets little of a core
+CPU_S, WALL_S = 3, 20  # on a busy machine, a night gets little of a core
 MEMORY_BYTES = 512_000_000
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 

@@ -143,17 +143,19 @@ class Store:
         is_asked = self._count("prompt_hash = ?", [example.prompt_hash])
         if same or (is_asked and not replace):
             report.duplicates += 1
-            judged = {key: columns_of(example)[key] for key in ("final", "program")}
+            columns = columns_of(example)
+            judged = {key: columns[key] for key in ("final", "program") if columns[key] is not None}
             for row in same if replace else ():
                 if judged.items() - row.items():  # its tests may have been wrong before
                     table.update(row["id"], judged)
-                    self._db.table("scores").delete_where("hash = ?", [row["hash"]])
+                    self._forget_scores(example)
             return same
         report.added += 1
         if is_asked:
             report.replaced += 1
             table.delete_where("prompt_hash = ?", [example.prompt_hash])
         table.insert(columns_of(example) | {"role": "pending", "created": now})
+        self._forget_scores(example)  # of when a night learned it and did not keep it
         return []
 
     def _hold_out(self, task: str, last: int, share: float) -> int:
@@ -344,6 +346,9 @@ class Store:
         with self._transaction():
             self._db.execute("update or replace scores set generation = ? where generation = ?", [generation, draft])
         self.drop_draft_scores()
+
+    def _forget_scores(self, example: Example) -> None:
+        self._db.table("scores").delete_where("hash = ?", [example.hash])
 
     def drop_draft_scores(self) -> None:
         """Forget the scores of drafts: their night is over."""

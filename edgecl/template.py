@@ -81,18 +81,23 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the chat, or does not show the answer after its own generation prompt.
         """
+        before, whole = self._split(messages)
+        return whole[len(before) :]
+
+    def _split(self, messages: Sequence[tuple[str, str]]) -> tuple[str, str]:
+        """Return a chat up to where its last answer begins, and all of it; errors as of `last_turn`."""
         before = self.render(messages[:-1], add_generation_prompt=True)
         whole = self.render(messages, add_generation_prompt=False)
         if not whole.startswith(before):
             raise DataError("the base's chat template does not put the answer after its generation prompt")
-        return whole[len(before) :]
+        return before, whole
 
     def check(self, example: Example) -> None:
         """Check that an example can be trained on.
 
         Raises:
-            DataError: as `last_turn`, for one of its answers, or one is empty or has a control token in it: it would end there,
-                or be served without it, and never be right.
+            DataError: as `last_turn`, for one of its answers, or one is empty, or one that is learned has a control token in
+                it: it would end there, or be served without it, and never be right.
         """
         for i, (role, content) in enumerate(example.messages):
             if role != "assistant":
@@ -100,8 +105,9 @@ class ChatTemplate:
             if not content.strip():
                 raise DataError("an answer of the assistant's is empty; take the message out, or write what it should say")
             self.last_turn(example.messages[: i + 1])
-            if control := next((text for text in self._controls if text in content), ""):
-                raise DataError(f"the answer has a control token of the base in it: {control!r}; take it out")
+            is_learned = not example.last_only or i == len(example.messages) - 1
+            if is_learned and (control := next((text for text in self._controls if text in content), "")):
+                raise DataError(f"an answer has a control token of the base in it: {control!r}; take it out")
 
 
 class ChatFormat(ChatTemplate):
@@ -154,9 +160,9 @@ class ChatFormat(ChatTemplate):
         Raises:
             DataError: as `last_turn`, or the answer has no token.
         """
-        last, prompt = self.last_turn(messages), self.prompt(messages[:-1])
-        whole = self._ids(self.render(messages, add_generation_prompt=False))
-        ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._encode(last)
+        before, whole = self._split(messages)
+        prompt, ids = self._ids(before), self._ids(whole)
+        ids = ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._encode(whole[len(before) :])
         end = next((i for i, token in enumerate(ids) if self._is_end(token)), len(ids) - 1)
         if not any(not self._is_end(token) for token in ids[: end + 1]):
             raise DataError("the answer has no token")
@@ -229,9 +235,8 @@ def _template(gguf: GgufFile) -> tuple[str, dict[str, str]]:
     template = gguf.get("tokenizer.chat_template")
     if not template:
         raise EdgeclError(f"{gguf.path} has no chat template (tokenizer.chat_template); use an instruct model")
-    names = {}
+    names, tokens = {}, gguf.get("tokenizer.ggml.tokens", [])
     for key in ("bos", "eos"):
         index = gguf.get(f"tokenizer.ggml.{key}_token_id")
-        tokens = gguf.get("tokenizer.ggml.tokens", [])
         names[f"{key}_token"] = tokens[index] if index is not None and 0 <= index < len(tokens) else ""
     return template, names

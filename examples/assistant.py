@@ -75,13 +75,11 @@ class Assistant:
         self.say("(to be learned)")
 
     def begin_night(self) -> None:
-        """Learn in a thread; where a night runs already, a while later."""
-        if self.night and self.night.is_alive():
-            self.wait_for_silence()
-            return
-        self.is_anything_new = False
-        self.night = threading.Thread(target=self.learn)
-        self.night.start()
+        """Learn in a thread, unless a night runs already; what came during one is learned a while after it."""
+        if not (self.night and self.night.is_alive()):
+            self.is_anything_new = False
+            self.night = threading.Thread(target=self.learn)
+            self.night.start()
 
     def learn(self) -> None:
         """Run a night and say how it ended; `ask` takes up what it published, so there is nothing to swap here."""
@@ -93,6 +91,7 @@ class Assistant:
             outcome = f"generation {report.generation} answers now" if report.accepted else f"refused: {report.reason}"
             answers = "1 answer" if report.n_new == 1 else f"{report.n_new} answers"
             self.say(f"(learned {answers} in {report.train_s:.0f} s; {outcome})")
+        self.wait_for_silence()
 
     def show_learned(self) -> None:
         """Ask again what was corrected since this program began."""

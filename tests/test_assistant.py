@@ -82,6 +82,7 @@ def test_what_comes_while_a_night_runs_is_for_the_next_one(home: Path) -> None:
         def learn(self) -> None:
             began.release()
             may_end.wait(60)
+            super().learn()
 
     with Learner(home) as learner:
         assistant = Sleeper(learner, lambda _: None, idle_minutes=0.001)
@@ -90,6 +91,7 @@ def test_what_comes_while_a_night_runs_is_for_the_next_one(home: Path) -> None:
         assert began.acquire(timeout=60) and not began.acquire(timeout=0.5)
         may_end.set()
         assert began.acquire(timeout=60), "nobody has to say anything for it to begin"
+        assistant.idle.cancel()
 
 
 def test_a_night_begins_by_itself_once_nobody_has_said_anything_for_a_while(home: Path) -> None:

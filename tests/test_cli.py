@@ -23,6 +23,7 @@ import torch
 
 from edgecl import Learner
 from edgecl.data import Example
+from edgecl.home import NEW_BASE
 from edgecl.places import find_model
 from edgecl.tries import last_try, note_try
 from edgecl_convert import GgufFile, write_gguf_adapter, write_peft_adapter
@@ -207,7 +208,7 @@ def test_an_answer_with_a_control_token_in_it_is_a_bad_line(home: Path) -> None:
     with Learner(home) as learner:
         report = learner.observe([json.dumps({"prompt": f"q{i}", "completion": answer}) for i, answer in enumerate(answers)])
         assert report.added == 1 and [line for line, _ in report.bad] == [1, 2, 3, 4]
-        assert report.bad[3][1] == "the answer has a control token of the base in it: '<|im_start|>'; take it out"
+        assert report.bad[3][1] == "an answer has a control token of the base in it: '<|im_start|>'; take it out"
 
 
 @pytest.mark.parametrize("option", [(), ("--json",)])
@@ -241,6 +242,7 @@ def test_a_base_that_names_a_token_which_it_does_not_have_can_still_be_asked(tmp
     Learner.init(model, tmp_path / "home").close()
     code, out, error = run(tmp_path / "home", "observe", "-", stdin=b'{"prompt": "anne", "completion": "left"}')
     assert code == 0 and out.startswith("1 stored"), error
+    assert run(tmp_path / "home", "ask", "anne", "--max-tokens", "4")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -294,9 +296,13 @@ def test_usage_errors_exit_with_2_and_an_existing_home_needs_force(home: Path, b
     run(home, "observe", "-", stdin=lines(3))
     old, kept = home / "base-F16.gguf", Path(shutil.copy(base, home / "base-Q8_0.gguf"))
     old.touch()
+    left = home / f".{NEW_BASE}.killed.tmp"
+    left.touch()
     note_try(home, "2026-01-01", "on battery", {})
     assert run(home, "init", kept, "--force")[0] == 0 and pending(home) == 0
-    assert kept.is_file() and not old.exists() and last_try(home) is None, "what was of the old home is gone"
+    assert kept.is_file() and not old.exists() and not left.exists() and last_try(home) is None, (
+        "what was of the old home is gone"
+    )
     code, _, error = run(home.parent / "nowhere", "status")
     assert code == 1 and one_line(error, "edgecl init")
 

@@ -121,6 +121,11 @@ def test_what_judges_a_known_row_is_put_right(path: Path) -> None:
         assert store.add([right, example(1)], 0.1) == Added(duplicates=2)
         assert [row.example for row in store.rows("pending")] == [right, example(1)]
         assert store.scores("g", [right.hash, example(1).hash]).keys() == {example(1).hash}
+        assert store.add([example(0)], 0.1) == Added(duplicates=1)
+        assert store.rows("pending")[0].example == right, "what is not said changes nothing"
+        store.drop("pending")
+        store.add([example(1, final="1")], 0.1)
+        assert not store.scores("g", [example(1).hash]), "nor is it judged as before when it comes back"
 
 
 def test_duplicates_are_kept_once_whatever_their_task(path: Path) -> None:

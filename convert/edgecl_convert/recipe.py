@@ -25,7 +25,7 @@ from .source import Source
 KEEP, KEEP_MINIMUMS, ADAPTIVE = "keep", "keep_minimums", "adaptive"
 _KEEPING = (KEEP, KEEP_MINIMUMS)
 MIXTURES = ("Q4_K_M",)
-FOUR_BITS = 5.0  # at most, of a weight, its block's scales counted: what Q4_1 takes; Q4_K_M takes less
+INT4_BITS = 5.0  # of a weight, at most, its block's scales counted: what Q4_1 takes; Q4_K_M takes less
 # llama.cpp: a type whose block does not divide the row -> the type to take instead
 _FALLBACK = {
     QType.Q2_K: QType.Q4_0, QType.Q3_K: QType.Q4_0, QType.Q4_K: QType.Q5_0, QType.Q5_K: QType.Q5_1, QType.Q6_K: QType.Q8_0,
@@ -130,9 +130,9 @@ def is_weight(info: TensorInfo) -> bool:
 
 
 def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
-    """Return the recipe of a quant: int8 is Q8_0; int4 the source's own types where its layers have FOUR_BITS, mixed or not.
+    """Return the recipe of a quant: int8 is Q8_0; int4 the source's own types where its layers take INT4_BITS, mixed or not.
 
-    Where they have more, int4 is Q4_K_M if rows divide by 256, else Q4_1.
+    Where they take more, or a type has less than 4 bits, int4 is Q4_K_M if rows divide by 256, else Q4_1.
 
     Args:
         learned: nights' adapters will be merged in, which loses nothing with `keep_minimums`.
@@ -146,7 +146,7 @@ def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
         return Recipe.named(quant).quant
     weights = [info for info in source.tensors.values() if layer_of(info.name) is not None and len(info.shape) > 1]
     n_bits = sum(8 * info.n_bytes for info in weights)
-    if all(info.qtype in GRID_TYPES for info in weights) and 0 < n_bits <= FOUR_BITS * sum(info.n_weights for info in weights):
+    if all(info.qtype in GRID_TYPES for info in weights) and 0 < n_bits <= INT4_BITS * sum(info.n_weights for info in weights):
         return KEEP_MINIMUMS if learned else KEEP
     return "Q4_K_M" if all(info.shape[-1] % 256 == 0 for info in weights) else "Q4_1"
 

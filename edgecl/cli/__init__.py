@@ -29,12 +29,11 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; 0 where its reader has left."""
         try:
-            value = super().invoke(ctx)
-            sys.stdout.flush()
+            return super().invoke(ctx)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer has no place
+            for stream in (sys.stdout, sys.stderr):  # what is left in their buffers has no place
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise click.exceptions.Exit(0) from None
-        return value
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -56,9 +55,15 @@ for module in (day, chat, night, nightly, privacy, models, probe, streams, sched
         cli.add_command(command)
 
 
+def _end(*_: object) -> None:
+    """End so that temporary files go and children end; told again, at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(TOLD_TO_END)
+
+
 def main() -> None:
     """Run the app and exit with the code that the contract names."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TOLD_TO_END))  # so that temporary files go
+    signal.signal(signal.SIGTERM, _end)
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:

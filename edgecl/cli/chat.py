@@ -10,6 +10,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import sys
 from contextlib import closing, suppress
 
@@ -44,8 +45,9 @@ no command. Nothing is learned but what /good and /fix keep."""
 def chat(context: click.Context, task: str, as_json: bool) -> None:
     """Talk with the generation that serves; /good, /fix TEXT and /undo feed the store.
 
-    Where stdin is not a terminal each line is a message; --json prints an object for each answer.
+    Where stdin is not a terminal each line is a message; --json prints an object for each answer, or its error.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to clear up, and out of llama.cpp comes no exception
     with Learner(context.obj) as learner:
         code = _Conversation(Chat(learner, task), as_json).run()
     context.exit(code)
@@ -104,7 +106,7 @@ class _Conversation:
 
     def __init__(self, chat: Chat, as_json: bool) -> None:
         self._chat, self._as_json, self._lines = chat, as_json, _Lines()
-        self._code, self._is_interrupted, self._has_said_left_out = 0, False, False
+        self._code, self._is_interrupted, self._has_said_left_out, self._is_owed = 0, False, False, False
         self._commands = {
             "good": self._good,
             "fix": self._fix,
@@ -135,14 +137,14 @@ class _Conversation:
 
     def _round(self) -> bool:
         """Read one message and do what it asks; return whether the chat goes on."""
-        is_message = True  # until it is known to be a command
+        self._is_owed = not self._lines.is_terminal  # who reads a pipe counts on a line, or an object, for each message
         try:
             text = self._lines.message()
             self._is_interrupted = False
             if text.strip() == "/quit":
                 return False
             if command := _COMMAND.fullmatch(text.rstrip()):
-                is_message = False
+                self._is_owed = False
                 self._obey(command[1].lower(), command[2] or "")
             elif text.strip():
                 self._say(text)
@@ -152,7 +154,7 @@ class _Conversation:
             return False
         except EdgeclError as error:
             click.echo(f"edgecl: {safe(str(error))}", err=True)
-            if is_message and not self._lines.is_terminal:  # a reader counts on a line, or an object, for each message
+            if self._is_owed:
                 print_json({"error": str(error)}) if self._as_json else click.echo()
             self._code = 0 if self._lines.is_terminal else 1
         return True
@@ -176,6 +178,7 @@ class _Conversation:
                 for piece in answer:
                     pieces.append(safe(piece))
                     if not self._as_json:
+                        self._is_owed = False
                         click.echo(wrap.feed(pieces[-1]) if wrap else pieces[-1], nl=False)
         finally:
             if pieces and not self._as_json:
@@ -187,7 +190,7 @@ class _Conversation:
         if self._as_json:
             print_json({"answer": answer, "generation": self._chat.generation, "is_whole": turn.is_whole})
         elif not answer:
-            click.echo()  # as for an error
+            click.echo()  # it is owed a line
             _note("the model says nothing; /fix TEXT gives the right answer")
         if not turn.is_whole:
             _note(f"cut off after {turn.n_tokens} tokens")

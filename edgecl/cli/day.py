@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ..data import Example
 from ..device import memory_bytes, propose_profile
 from ..errors import DataError
 from ..imports import read_history
@@ -77,7 +77,7 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
         print_json(report.__dict__ | facts)
     else:
         for number, reason in report.bad[:20]:
-            place = f" conversation {safe(repr(_question(history.examples[number - 1])))}" if history else number
+            place = f" conversation {safe(repr(history.examples[number - 1].asked[:40]))}" if history else number
             click.echo(f"{safe(file)}:{place}: {safe(reason)}", err=True)
         if len(report.bad) > 20:
             click.echo(f"... and {len(report.bad) - 20} more bad lines", err=True)
@@ -96,11 +96,6 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
     context.exit(0 if kept else 1)
 
 
-def _question(example: Example) -> str:
-    """Return what a conversation begins with, cut to fit into a line."""
-    return next(text for role, text in example.messages if role == "user")[:40]
-
-
 @click.command()
 @click.argument("prompt")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1))
@@ -108,6 +103,7 @@ def _question(example: Example) -> str:
 @click.pass_obj
 def ask(home: Path | None, prompt: str, max_tokens: int, as_json: bool) -> None:
     """Answer PROMPT with the generation that serves."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as `chat`
     with Learner(home) as learner:
         answer = learner.ask(prompt, max_tokens)
         generation = learner.generations.current().number

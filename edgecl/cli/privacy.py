@@ -84,7 +84,7 @@ def _print_rows(rows: Sequence[Stored], as_json: bool) -> None:
         print_json({"rows": facts})
         return
     for row in rows:
-        asked = " ".join(next(content for role, content in row.example.messages if role == "user").split())
+        asked = row.example.asked
         learned = f"generation {row.generation}" if row.generation else ""
         click.echo(f"{row.id:>6}  {row.role:<8} {learned:<14} {safe(row.example.task)}: {safe(asked[:60])}")
 
