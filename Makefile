@@ -50,6 +50,9 @@ $(VENV)/.torch: | $(PY)
 	fi
 	@touch $@
 
+# GCC 12.2 leaves out what AMX kernels need (convert/edgecl_convert/amx.py).
+FOR_AMX := $(if $(shell grep -sm1 amx_int8 /proc/cpuinfo),-fno-dse -fno-tree-dse)
+
 # Other CMAKE_ARGS compile llama.cpp anew, not from pip's cache, which does not know them; none leave it as it is.
 $(VENV)/.cmake-args: FORCE | $(PY)
 	@if [ ! -f $@ ] || { [ -n "$(CMAKE_ARGS)" ] && [ "$(CMAKE_ARGS)" != "$$(cat $@)" ]; }; then printf %s "$(CMAKE_ARGS)" >$@; fi
@@ -59,7 +62,7 @@ $(VENV)/.llama: constraints.txt $(VENV)/.torch $(VENV)/.cmake-args
 	@echo "compiling llama.cpp: about 6 minutes the first time; later installs take it from pip's cache"
 	@( s=0; while sleep 30 >/dev/null 2>&1; do s=$$((s + 30)); echo "  still compiling after $$s s"; done ) & ticker=$$!; \
 	trap 'kill $$ticker 2>/dev/null' EXIT INT TERM; \
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(PY) -m pip install -v -c constraints.txt \
+	CXXFLAGS="$(FOR_AMX) $(CXXFLAGS)" CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(PY) -m pip install -v -c constraints.txt \
 		$(if $(CMAKE_ARGS),--no-cache-dir --force-reinstall) llama-cpp-python >$(LOG) 2>&1 || \
 		{ tail -n 25 $(LOG); echo "llama.cpp did not compile; the whole output is in $(LOG)"; exit 1; }
 	@touch $@

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecl_convert import GgufFile
+from edgecl_convert.amx import AMX_TYPES, amx_works
 from edgecl_convert.ggml import FLOAT_TYPES, QType, bf16_is_fast, bits_per_weight
 
 from .errors import GenerationError
@@ -38,13 +39,13 @@ COPY_IN_MEMORY = 1 / 2  # of ram_bytes, at most, is the copy that writers run fr
 def base_copy(base: GgufFile, ram_bytes: int) -> tuple[str, int]:
     """Return type and bytes of the copy of a base that writers run from; "" and 0: from the base itself.
 
-    For some block types, such as Q4_1, llama.cpp has no kernels for many rows at once. A copy in bfloat16, where the CPU
-    multiplies that fast, is what training computes with; one in INT8 is rounded from that by less than what is served.
+    For some block types, such as Q4_1, llama.cpp has no kernels for many rows at once but with AMX. A copy in bfloat16, where
+    the CPU multiplies that fast, is what training computes with; one in INT8 is rounded from that by less than what is served.
     """
     n_weights: Counter[QType] = Counter()
     for info in base.tensors.values():
         n_weights[info.qtype] += math.prod(info.shape)
-    if n_weights.most_common(1)[0][0] in FOR_MANY_ROWS:
+    if n_weights.most_common(1)[0][0] in (*FOR_MANY_ROWS, *(AMX_TYPES if amx_works() else ())):
         return "", 0
     types = (QType.BF16, QType.Q8_0) if bf16_is_fast() else (QType.Q8_0,)
     sizes = [(qtype.name, round(n_weights.total() * bits_per_weight(qtype) / 8)) for qtype in types]

@@ -60,8 +60,9 @@ def asked(writer: dict[str, Any]) -> set[str]:
 
 
 def test_each_night_is_rehearsed_by_its_own_asker_and_generation(
-    tmp_path: Path, requests: list[tuple[dict[str, Any], list[Any]]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[dict[str, Any], list[Any]]]
 ) -> None:
+    monkeypatch.setattr("edgecl.writers.amx_works", lambda: False)  # then they run from a copy
     base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_1, width=128)[0]
     with Learner.init(base, tmp_path / "home", replay=ReplaySettings(share=0.1, written=40), train=TRAIN) as learner:
         for rows in NIGHTS[:3]:
@@ -150,17 +151,20 @@ def test_an_asker_learns_what_a_chat_begins_with_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "is_fast", "ram_bytes", "qtype"),
+    ("stored", "has_amx", "is_fast", "ram_bytes", "qtype"),
     [
-        ("Q4_1", True, 10**9, "BF16"),
-        ("Q4_1", False, 10**9, "Q8_0"),
-        ("Q4_1", True, 10**5, ""),
-        ("Q4_0", True, 10**9, ""),
+        ("Q4_1", False, True, 10**9, "BF16"),
+        ("Q4_1", False, False, 10**9, "Q8_0"),
+        ("Q4_1", False, True, 10**5, ""),
+        ("Q4_0", False, True, 10**9, ""),
+        ("Q4_1", True, True, 10**9, ""),
+        ("F16", True, True, 10**9, ""),
     ],
 )
 def test_writers_run_from_a_copy_where_it_is_faster_and_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, is_fast: bool, ram_bytes: int, qtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, has_amx: bool, is_fast: bool, ram_bytes: int, qtype: str
 ) -> None:
+    monkeypatch.setattr("edgecl.writers.amx_works", lambda: has_amx)
     monkeypatch.setattr("edgecl.writers.bf16_is_fast", lambda: is_fast)
     base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType[stored], width=128)[0]
     with GgufFile(base) as file:

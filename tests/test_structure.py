@@ -83,7 +83,7 @@ CONVERT_OWNERS = {  # and within the conversion stage by these files alone, insi
     "torch": {"verify", "imatrix"},
     "transformers": {"verify", "imatrix"},
     "tokenizers": {"hf_tokenizer", "pretokenizer"},
-    "llama_cpp": {"llama_model", "perplexity"},
+    "llama_cpp": {"amx", "llama_model", "perplexity"},
 }
 HEAVY = ["torch", "transformers", "tokenizers", "peft", "llama_cpp", "matplotlib"]
 MODULES = pytest.mark.parametrize("module", FILES)

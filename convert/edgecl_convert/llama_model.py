@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .amx import amx_works, has_amx
 from .errors import ConvertError, GgufError
 from .ggml import F32Array, default_threads
 from .gguf_file import GgufFile
@@ -29,15 +30,12 @@ def llama_threads() -> int:
 
 
 def load_params(vocab_only: bool = False, n_gpu_layers: int = 0) -> Any:
-    """Return how a model is loaded: without the AMX kernels where the CPU has them.
-
-    They end in a general protection fault on some virtual machines (ggml-org/llama.cpp #20824).
-    """
+    """Return how a model is loaded: where llama.cpp's AMX kernels end the process, without them and its repacked ones."""
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
-    params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+    params.use_extra_bufts = amx_works() or not has_amx()
     return params
 
 

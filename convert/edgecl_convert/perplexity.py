@@ -7,8 +7,6 @@ back. The parent sends one JSON object on stdin, the child answers with one on s
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .amx import run_python
 from .errors import ConvertError
 from .gguf_file import GgufFile
 from .llama_model import fill, llama_threads, load_params
@@ -38,14 +37,7 @@ def nats_per_token(model: Path | str, text: str, n_threads: int = 0) -> NDArray[
     with GgufFile(model) as gguf:  # llama.cpp aborts on some malformed files
         window = min(WINDOW, int(gguf.get(f"{gguf.architecture}.context_length", WINDOW)))
     request = {"model": str(model), "text": text, "window": window, "n_threads": n_threads or llama_threads()}
-    roots = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", "from edgecl_convert.perplexity import main; main()"],
-        input=json.dumps(request).encode(),
-        env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, roots))},
-        capture_output=True,
-        check=False,
-    )
+    done = run_python("from edgecl_convert.perplexity import main; main()", data=json.dumps(request).encode())
     try:
         answer = json.loads(done.stdout)
     except ValueError:
