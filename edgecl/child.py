@@ -31,10 +31,13 @@ from typing import Any
 
 import psutil
 
+from edgecl_convert.amx import WITH_AMX, amx_works
+
 from .errors import EdgeclError, NotNow, StageError
 
 Progress = Callable[[str, int, int, str], None]  # (stage, done, total, text)
 GRACE_S = 60.0  # for a child that was told to stop; then it is ended, and its last checkpoint counts
+WITHOUT_TORCH = ("measure", "write")  # stages that compute with llama.cpp alone
 BRIEFLY = "10000"  # spins of a waiting thread, a fraction of a millisecond: none at all costs a wake-up at every barrier
 
 
@@ -73,6 +76,8 @@ def run_stage(
     convert = sys.modules.get("edgecl_convert")
     if convert is not None and convert.__file__:
         roots.append(str(Path(convert.__file__).resolve().parent.parent))
+    if stage in WITHOUT_TORCH and amx_works():
+        environment[WITH_AMX] = "1"
     environment["PYTHONSAFEPATH"] = "1"  # a file of the user's folder may be called as a module is
     environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if limits.threads:

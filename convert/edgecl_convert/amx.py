@@ -2,6 +2,9 @@
 
 GCC 12.2 takes most of the configuration of AMX's tiles for unused and leaves it out (ggml-org/llama.cpp #26954): the first
 product then ends the process. What llama.cpp was compiled with cannot be asked, so a product is tried.
+
+A thread is given its configuration once. Where torch computes in the same thread, it takes that away, and the next product of
+llama.cpp is an illegal instruction. So they are used where WITH_AMX is set: in child processes that have no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,7 @@ from .ggml import Bytes, QType
 from .gguf_file import PlannedTensor, encode_field, write_gguf
 
 AMX_TYPES = (QType.Q4_0, QType.Q4_1, QType.Q8_0, QType.Q4_K, QType.Q5_K, QType.Q6_K)
-_FOUND = "EDGECL_AMX"  # what a process has found, for its children: a trial takes half a second
+WITH_AMX = "EDGECL_AMX"  # in the environment of a process
 _WIDTH, _N_VOCAB = 256, 64
 
 
@@ -31,16 +35,13 @@ def has_amx() -> bool:
     return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
+@lru_cache(maxsize=1)
 def amx_works(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Return whether it has AMX kernels that work, tried once in a child process."""
     try:
-        if "amx_int8" not in cpuinfo.read_text("ascii", "replace").split() or not has_amx():
-            return False
+        return "amx_int8" in cpuinfo.read_text("ascii", "replace").split() and has_amx() and _survives()
     except OSError:
         return False
-    if _FOUND not in os.environ:
-        os.environ[_FOUND] = str(int(_survives()))
-    return os.environ[_FOUND] == "1"
 
 
 def run_python(code: str, *arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .amx import amx_works, has_amx
+from .amx import WITH_AMX, has_amx
 from .errors import ConvertError, GgufError
 from .ggml import F32Array, default_threads
 from .gguf_file import GgufFile
@@ -30,12 +30,12 @@ def llama_threads() -> int:
 
 
 def load_params(vocab_only: bool = False, n_gpu_layers: int = 0) -> Any:
-    """Return how a model is loaded: where llama.cpp's AMX kernels end the process, without them and its repacked ones."""
+    """Return how a model is loaded: with AMX kernels, and so repacked ones, only where a process is to have them (`amx`)."""
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
-    params.use_extra_bufts = amx_works() or not has_amx()
+    params.use_extra_bufts = WITH_AMX in os.environ or not has_amx()
     return params
 
 
