@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from edgecl_convert.amx import WITH_AMX, amx_works
+from edgecl_convert.process import child_environment
 
 from .errors import EdgeclError, NotNow, StageError
 
@@ -71,15 +72,9 @@ def run_stage(
     """
     if reason := limits.stop():
         raise _yielded(reason)
-    environment = dict(os.environ)
-    roots = [str(Path(__file__).resolve().parent.parent)]
-    convert = sys.modules.get("edgecl_convert")
-    if convert is not None and convert.__file__:
-        roots.append(str(Path(convert.__file__).resolve().parent.parent))
+    environment = child_environment(Path(__file__).resolve().parent.parent)
     if stage in WITHOUT_TORCH and amx_works():
         environment[WITH_AMX] = "1"
-    environment["PYTHONSAFEPATH"] = "1"  # a file of the user's folder may be called as a module is
-    environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if limits.threads:
         environment["OMP_NUM_THREADS"] = str(limits.threads)
     if limits.nice:  # read when OpenMP is loaded, which llama_cpp does: too early for a stage to say it itself

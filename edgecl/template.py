@@ -152,10 +152,10 @@ class ChatFormat(ChatTemplate):
         """Return the ids of a chat up to where the assistant begins to answer."""
         return self._ids(self.render(messages, add_generation_prompt=True))
 
-    def answer(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Return the ids of the last turn, up to its end-of-turn token, and of what the template puts after it.
+    def turn(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], list[int]]:
+        """Return the ids of the prompt, of the last turn up to its end-of-turn token, and of what the template puts after it.
 
-        They are those that it has in the whole chat: SentencePiece puts a space before a text that it is given alone.
+        The turn's are those that it has in the whole chat: SentencePiece puts a space before a text that it is given alone.
 
         Raises:
             DataError: as `last_turn`, or the answer has no token.
@@ -166,11 +166,12 @@ class ChatFormat(ChatTemplate):
         end = next((i for i, token in enumerate(ids) if self._is_end(token)), len(ids) - 1)
         if not any(not self._is_end(token) for token in ids[: end + 1]):
             raise DataError("the answer has no token")
-        return ids[: end + 1], ids[end + 1 :]
+        return prompt, ids[: end + 1], ids[end + 1 :]
 
     def row(self, example: Example) -> tuple[list[int], list[int]]:
         """Return the ids of the prompt and of the wanted answer: what is scored."""
-        return self.prompt(example.messages[:-1]), self.answer(example.messages)[0]
+        prompt, wanted, _ = self.turn(example.messages)
+        return prompt, wanted
 
     def encode(self, example: Example) -> Encoded:
         """Return the ids of a chat with its assistant turns supervised, or the last one alone: what is trained on."""
@@ -179,11 +180,10 @@ class ChatFormat(ChatTemplate):
         for i, (role, _) in enumerate(example.messages):
             if role != "assistant":
                 continue
-            prompt = self.prompt(example.messages[:i])
+            prompt, wanted, after = self.turn(example.messages[: i + 1])
             if prompt[: len(ids)] != ids:  # the template rewrites earlier turns: keep the last answer only
                 ids, supervised = [], []
             supervised += [False] * (len(prompt) - len(ids))
-            wanted, after = self.answer(example.messages[: i + 1])
             ids = prompt + wanted + after
             is_learned = not example.last_only or i == len(example.messages) - 1
             supervised += [is_learned] * len(wanted) + [False] * len(after)

@@ -32,6 +32,13 @@ from tests import tiny
 TRAIN = "min_steps = 12\ndepth = 1.0\nlearning_rate = 0.02\nanchor_weight = 0.0\nr = 4\nlora_alpha = 8.0\nepochs = 1\n"
 
 
+EDGECL = [sys.executable, "-c", "from edgecl.cli import main; main()"]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def run(home: Path, *args: str | Path, stdin: bytes = b"", limit_bytes: int = 0) -> tuple[int, str, str]:
     """Run `edgecl --home HOME ARGS`; return its exit code, stdout and stderr."""
 
@@ -40,12 +47,12 @@ def run(home: Path, *args: str | Path, stdin: bytes = b"", limit_bytes: int = 0)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
     done = subprocess.run(
-        [sys.executable, "-c", "from edgecl.cli import main; main()", "--home", str(home), *map(str, args)],
+        [*EDGECL, "--home", str(home), *map(str, args)],
         input=stdin,
         capture_output=True,
         timeout=300,
         preexec_fn=limit,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment(),
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -216,16 +223,14 @@ def test_a_reader_that_has_left_is_no_error(home: Path, option: tuple[str, ...])
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as out:
-        command = [sys.executable, "-c", "from edgecl.cli import main; main()", "--home", str(home), "status", *option]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=300, env=environment)
+        command = [*EDGECL, "--home", str(home), "status", *option]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=300, env=environment())
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_what_is_told_to_end_leaves_no_file_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from edgecl.cli import main; main()", "convert", str(find_model("smollm2"))]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([*command, str(tmp_path / "out.gguf"), "--quant", "F32"], env=environment)
+    command = [*EDGECL, "convert", str(find_model("smollm2")), str(tmp_path / "out.gguf"), "--quant", "F32"]
+    process = subprocess.Popen(command, env=environment())
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -261,7 +261,7 @@ def test_the_end_of_turn_is_supervised_and_what_follows_it_is_not(chatml: ChatFo
     text, asked = supervised(chatml, ("system", "s"), *QA)
     assert text == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
     assert asked == "a<|im_end|>"
-    assert chatml.answer(QA)[1] == encode("\n")
+    assert chatml.turn(QA)[2] == encode("\n")
 
 
 def test_every_assistant_turn_of_a_chat_is_supervised_and_nothing_else(chatml: ChatFormat) -> None:

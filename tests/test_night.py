@@ -62,10 +62,8 @@ def asked(writer: dict[str, Any]) -> set[str]:
 def test_each_night_is_rehearsed_by_its_own_asker_and_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[dict[str, Any], list[Any]]]
 ) -> None:
-    for module in ("writers", "child"):
-        monkeypatch.setattr(
-            f"edgecl.{module}.amx_works", lambda: False
-        )  # they run from a copy then, and compute as this process
+    for module in ("writers", "child"):  # they run from a copy then, and compute as this process does
+        monkeypatch.setattr(f"edgecl.{module}.amx_works", lambda: False)
     base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_1, width=128)[0]
     with Learner.init(base, tmp_path / "home", replay=ReplaySettings(share=0.1, written=40), train=TRAIN) as learner:
         for rows in NIGHTS[:3]:

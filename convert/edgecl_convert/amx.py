@@ -10,18 +10,18 @@ llama.cpp is an illegal instruction. So they are used where WITH_AMX is set: in 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from .errors import ConvertError
-from .ggml import Bytes, QType
+from .ggml import QType, cpu_words
 from .gguf_file import PlannedTensor, encode_field, write_gguf
+from .names import PROJECTIONS
+from .process import run_python
 
 AMX_TYPES = (QType.Q4_0, QType.Q4_1, QType.Q8_0, QType.Q4_K, QType.Q5_K, QType.Q6_K)
 WITH_AMX = "EDGECL_AMX"  # in the environment of a process
@@ -38,59 +38,41 @@ def has_amx() -> bool:
 @lru_cache(maxsize=1)
 def amx_works(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Return whether it has AMX kernels that work, tried once in a child process."""
-    try:
-        return "amx_int8" in cpuinfo.read_text("ascii", "replace").split() and has_amx() and _survives()
-    except OSError:
-        return False
-
-
-def run_python(code: str, *arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run code that imports this package in a child process: what llama.cpp does to it does not end this one."""
-    roots = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        input=data,
-        env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, roots))},
-        capture_output=True,
-        check=False,
-    )
+    return "amx_int8" in cpu_words(cpuinfo) and has_amx() and _survives()
 
 
 def _survives() -> bool:
+    code = "import sys; from edgecl_convert.amx import multiply; multiply(sys.argv[1])"
     try:
         with tempfile.TemporaryDirectory(prefix="edgecl-amx-") as folder:
             _write_model(Path(folder) / "one.gguf")
-            done = run_python(
-                "import sys; from edgecl_convert.amx import multiply; multiply(sys.argv[1])", f"{folder}/one.gguf"
-            )
+            return run_python(code, f"{folder}/one.gguf").returncode == 0
     except (ConvertError, OSError):  # the disk is full: without them it works, too
         return False
-    return done.returncode == 0
 
 
 def _write_model(path: Path) -> None:
     """Write the smallest llama that llama.cpp loads, without a vocabulary; all weights are zero."""
-    sizes = ("embedding_length", "feed_forward_length"), ("attention.head_count", "attention.head_count_kv", "block_count")
-    fields = [
-        encode_field("general.architecture", "llama"),
-        encode_field("tokenizer.ggml.model", "no_vocab"),
-        encode_field("llama.vocab_size", _N_VOCAB),
-        encode_field("llama.context_length", 32),
-        encode_field("llama.attention.layer_norm_rms_epsilon", 1e-5),
-        *(encode_field(f"llama.{key}", value) for keys, value in zip(sizes, (_WIDTH, 1), strict=True) for key in keys),
+    facts = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "no_vocab",
+        "llama.vocab_size": _N_VOCAB,
+        "llama.context_length": 32,
+        "llama.embedding_length": _WIDTH,
+        "llama.feed_forward_length": _WIDTH,
+        "llama.block_count": 1,
+        "llama.attention.head_count": 1,
+        "llama.attention.head_count_kv": 1,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_embd", "output"), (_N_VOCAB, _WIDTH))
+    shapes |= {f"blk.0.{name}": (_WIDTH, _WIDTH) for name in PROJECTIONS}
+    shapes |= dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (_WIDTH,))
+    plan = [
+        PlannedTensor(f"{name}.weight", shape, QType.Q8_0 if len(shape) > 1 else QType.F32) for name, shape in shapes.items()
     ]
-    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    plan = [PlannedTensor(f"{name}.weight", (_N_VOCAB, _WIDTH), QType.Q8_0) for name in ("token_embd", "output")]
-    plan += [PlannedTensor(f"blk.0.{name}.weight", (_WIDTH, _WIDTH), QType.Q8_0) for name in matrices]
-    plan += [
-        PlannedTensor(f"{name}.weight", (_WIDTH,), QType.F32) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
-    ]
-
-    def data() -> Iterator[Bytes]:
-        for tensor in plan:
-            yield np.zeros((1, tensor.n_bytes), np.uint8)
-
-    write_gguf(path, fields, plan, data())
+    fields = [encode_field(key, value) for key, value in facts.items()]
+    write_gguf(path, fields, plan, (np.zeros((1, tensor.n_bytes), np.uint8) for tensor in plan))
 
 
 # --- the child --------------------------------------------------------------------------------------------------------

@@ -120,11 +120,16 @@ def bf16_is_fast(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     Intel's AVX512-BF16 is half as fast as its float32 (84 and 160 GFLOPS on a core of a Xeon of the fifth generation); in a
     virtual machine that hides AMX it is all there is.
     """
-    try:
-        words = cpuinfo.read_text("ascii", "replace").split()
-    except OSError:
-        return False
+    words = cpu_words(cpuinfo)
     return not {"amx_bf16", "bf16"}.isdisjoint(words) or {"avx512_bf16", "AuthenticAMD"}.issubset(words)
+
+
+def cpu_words(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Return what Linux says of the CPU, its maker and its flags among them; nothing elsewhere."""
+    try:
+        return set(cpuinfo.read_text("ascii", "replace").split())
+    except OSError:
+        return set()
 
 
 def default_threads() -> int:

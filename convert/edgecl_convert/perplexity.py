@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .amx import run_python
 from .errors import ConvertError
 from .gguf_file import GgufFile
 from .llama_model import fill, llama_threads, load_params
+from .process import run_python
 
 WINDOW = 512  # tokens that are read together; each window starts afresh
 _MOST_WINDOWS = 32  # of a longer text, as many are taken, evenly spread

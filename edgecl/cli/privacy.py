@@ -84,9 +84,8 @@ def _print_rows(rows: Sequence[Stored], as_json: bool) -> None:
         print_json({"rows": facts})
         return
     for row in rows:
-        asked = row.example.asked
         learned = f"generation {row.generation}" if row.generation else ""
-        click.echo(f"{row.id:>6}  {row.role:<8} {learned:<14} {safe(row.example.task)}: {safe(asked[:60])}")
+        click.echo(f"{row.id:>6}  {row.role:<8} {learned:<14} {safe(row.example.task)}: {safe(row.example.asked[:60])}")
 
 
 def _facts(row: Stored) -> dict[str, Any]:
