@@ -118,6 +118,5 @@ def _request(learner: Learner, folder: str) -> dict[str, Any]:
         "limits": asdict(replace(learner.profile, minutes=MINUTES)),
         "runs": folder,
         "adapter_gguf": f"{folder}/adapter.gguf",
-        "adapter_peft": f"{folder}/adapter",
         "asker_gguf": None,
     }

@@ -20,7 +20,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -32,7 +31,7 @@ from typing import Any
 import psutil
 
 from edgecl_convert.amx import WITH_AMX, amx_works
-from edgecl_convert.process import child_environment
+from edgecl_convert.process import child_environment, module_command
 
 from .errors import EdgeclError, NotNow, StageError
 
@@ -63,7 +62,7 @@ class Limits:
 def run_stage(
     stage: str, request: dict[str, Any], limits: Limits, progress: Progress | None = None
 ) -> tuple[dict[str, Any], int]:
-    """Run `python -m edgecl.stages STAGE` on a request; return its result and its peak RSS in bytes.
+    """Run a stage, as `python -m edgecl.stages STAGE` does, on a request; return its result and its peak RSS in bytes.
 
     Raises:
         StageError: it crashed, ran out of memory or time, or said nothing.
@@ -81,7 +80,7 @@ def run_stage(
         environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": BRIEFLY} | environment
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "edgecl.stages", stage],
+            module_command("edgecl.stages", stage),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, encoding="utf-8",
         )  # fmt: skip
         if limits.nice:

@@ -52,6 +52,11 @@ class Example:
         return self.messages[-1][1]
 
     @property
+    def is_free(self) -> bool:
+        """Whether an answer in other words may be right: its number or its tests judge it."""
+        return self.final is not None or self.program is not None
+
+    @property
     def asked(self) -> str:
         """What the user says first, on one line."""
         return " ".join(next(content for role, content in self.messages if role == "user").split())

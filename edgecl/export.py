@@ -12,14 +12,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edgecl_convert import GgufFile, write_atomic
+from edgecl_convert import GgufFile, read_gguf_adapter, write_atomic, write_peft_adapter
 
 from .child import Progress
 from .errors import GenerationError, SettingError, translated
-from .generations import Generation, sha256_file
+from .generations import Generation, check_files, sha256_file
 from .learner import Learner
 from .modelfile import go_template, write_modelfile
 from .rebuild import rebuild
@@ -123,13 +123,12 @@ def _gguf(learner: Learner, generation: Generation, out: Path, progress: Progres
 
 
 def _peft(learner: Learner, generation: Generation, draft: Path) -> list[str]:
-    """Copy the PEFT folder, with a base that can be found by its name."""
-    for path in sorted((generation.folder / "adapter").glob("*")):
-        _copy(path, draft / path.name, generation.manifest.files.get(f"adapter/{path.name}", ""))
-    config = draft / "adapter_config.json"
-    if not config.is_file():
-        raise GenerationError(f"{generation.folder}/adapter has no adapter_config.json; run `edgecl verify`")
+    """Write the adapter that llama.cpp takes as a PEFT folder, with a base that can be found by its name."""
+    adapter, config = generation.folder / "adapter.gguf", draft / "adapter_config.json"
+    check_files(replace(generation, adapter=adapter))
+    learner.generations.check_base(full=True, base=learner.settings.base)
     with GgufFile(learner.settings.base) as base:
+        write_peft_adapter(draft, read_gguf_adapter(adapter), base)
         name = base_name(base)
     write_atomic(config, json.dumps(json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": name}, indent=2) + "\n")
     if not name.endswith(".gguf"):

@@ -7,6 +7,7 @@ them: the newest ancestor that learned nothing forgotten serves, what the store 
 in one night, and the others are deleted with all their files.
 
 *Does not cover*: what left the home (exports, backups, a terminal's history), and blocks that the disk has not written over.
+The name of a task stays in the report.json of generations that were measured on it, which is hashed, and goes with them.
 Rows that a night learned and did not keep, or that a newer answer replaced, are gone from the store: they can be named by id,
 but not found by their text.
 """
@@ -21,12 +22,12 @@ from dataclasses import dataclass, replace
 from .child import Progress
 from .data import Example
 from .errors import DataError, GenerationError, NothingToLearn, translated
-from .generations import Manifest
+from .generations import ASKER, Manifest
 from .learner import Learner
 from .lock import night_lock
 from .night import AdaptReport
 from .rebuild import restore
-from .rows import ROLES, Stored
+from .rows import ROLES, Stored, without_task
 
 
 @dataclass
@@ -59,8 +60,11 @@ def find(learner: Learner, contains: str | None = None, task: str | None = None)
     return [row for row in rows if contains is None or contains.casefold() in _text(row.example).casefold()]
 
 
-def forget(learner: Learner, ids: Collection[int]) -> list[int]:
+def forget(learner: Learner, ids: Collection[int], task: str = "") -> list[int]:
     """Delete rows by id, and let no generation teach that learned from them; return the numbers of these.
+
+    Args:
+        task: whose name is taken out of the history, too, where no row is of it any more.
 
     Raises:
         DataError: an id that no row has or had; nothing was deleted. A row that is gone already may be forgotten again.
@@ -81,12 +85,29 @@ def forget(learner: Learner, ids: Collection[int]) -> list[int]:
         if ids:
             shutil.rmtree(learner.home / "runs", ignore_errors=True)
             learner.generations.clear_drafts()
-        learner.store.forget(ids, [learner.generations.hash_of(n) for n in numbers])
-        silent = learner.store.forgotten()  # with those of an earlier call that was cut short
-        for number in learner.generations.numbers():
-            if learner.generations.hash_of(number) in silent:
-                learner.generations.delete_asker(number)
+        learner.store.forget(ids, [learner.generations.hash_of(n) for n in numbers], task)
+        for number in _silent_askers(learner):  # with those of an earlier call that was cut short
+            learner.generations.delete_asker(number)
     return numbers
+
+
+def left_over(learner: Learner, task: str = "") -> list[str]:
+    """Return in words what the home holds of rows that are gone, which `forget` takes out: an earlier call was cut short.
+
+    Args:
+        task: as for `forget`.
+    """
+    found = [] if learner.store.is_clean else ["text in replay.db"]
+    found += [f"the asker of generation {number}" for number in _silent_askers(learner)]
+    is_named = task and any(without_task(night, task) != night for night in learner.store.nights())
+    return [*found, "the task's name in the history"] if is_named else found
+
+
+def _silent_askers(learner: Learner) -> list[int]:
+    """Return the numbers of generations that learned from a forgotten row and have an asker still."""
+    generations, silent = learner.generations, learner.store.forgotten()
+    asking = (number for number in generations.numbers() if (generations.folder / f"{number:04d}" / ASKER).is_file())
+    return [number for number in asking if generations.hash_of(number) in silent]
 
 
 def going_on(learner: Learner, rows: Collection[Stored]) -> list[int]:

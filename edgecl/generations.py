@@ -1,10 +1,12 @@
 """Lineage on disk: manifests, atomic publishing, roll back.
 
 ```
-generations/0000/manifest.json    the untouched base: path, sha256, tokenizer and template hash
-generations/0001/                 adapter/ (PEFT), adapter.gguf, model-Q8_0.gguf, report.json, manifest.json
+generations/0000/manifest.json    the untouched base: path at init, sha256, tokenizer and template hash
+generations/0001/                 adapter.gguf, asker.gguf, model-Q8_0.gguf, report.json, manifest.json
 current -> generations/0001       replaced by one rename
 ```
+Where the base lies now, edgecl.toml says: it may be moved, as long as its bytes are the same.
+
 A generation is built in a hidden folder, synced, renamed into place, and only then does `current` move: a crash between
 any two steps leaves a model that serves. A manifest names its parent by the hash of the parent's manifest.
 """
@@ -25,8 +27,10 @@ from typing import Any
 from edgecl_convert import ConvertError, fsync_folder, write_atomic
 
 from .errors import GenerationError
+from .profile import Settings
 
 ASKER = "asker.gguf"
+BASE_SEEN = "base.json"  # of the home: hash, path, size and time stamp of a base that was moved and found to be the same
 _TYPES = {"int": int, "str": str, "dict[str, str]": dict, "list[int]": list}  # of a manifest's fields, as they are written
 
 
@@ -37,7 +41,7 @@ class Manifest:
     Attributes:
         number: 0 is the base.
         parent: hash of the parent's manifest, empty for the base.
-        model: file name of the merged model, empty where base + adapter is served; for generation 0 the base's path.
+        model: file name of the merged model, empty where base + adapter is served; for generation 0 the base's path at init.
         files: sha256 by file name, all relative to the generation's folder.
         learned: ids of the rows this night learned; kept: those of them that stay for rehearsal.
         store: the number of the store whose ids these are, see `Store.number`; 0: not known.
@@ -136,10 +140,16 @@ class Generations:
     """The generations of one home."""
 
     def __init__(self, home: Path) -> None:
-        """Name the places; nothing is touched."""
+        """Name the places; of the home's files only edgecl.toml is read, which says where the base is.
+
+        Raises:
+            SettingError: edgecl.toml is damaged.
+        """
         self.home = home
         self.folder = home / "generations"
         self.link = home / "current"
+        config = home / "edgecl.toml"
+        self._base = Settings.read(config).base if config.is_file() else ""
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -171,7 +181,7 @@ class Generations:
             raise GenerationError(f"{folder}/manifest.json belongs to another base or number; roll back to another")
         if number == 0 or not manifest.model:
             adapter = folder / "adapter.gguf" if number else None
-            return Generation(manifest, folder, digest, Path(base.model), adapter)
+            return Generation(manifest, folder, digest, Path(self._base or base.model), adapter)
         return Generation(manifest, folder, digest, folder / manifest.model, None)
 
     def hash_of(self, number: int) -> str:
@@ -217,34 +227,43 @@ class Generations:
         return self.load(int(name))
 
     def check_base(self, full: bool, base: str = "") -> None:
-        """Check that the base is the file that it was at `init`.
+        """Check that the base is the file that it was at `init`, wherever it lies now.
 
         Args:
-            full: hash all of it; otherwise only when its size or time stamp changed.
-            base: the path that edgecl.toml names.
+            full: hash all of it; otherwise only where path, size or time stamp are not those of a file that was found right.
+            base: its path; "": the one that edgecl.toml names.
 
         Raises:
-            GenerationError: it is gone, its bytes changed, or edgecl.toml names another.
+            GenerationError: it is gone, or its bytes are others.
         """
-        manifest = self.load(0).manifest
-        if base and base != manifest.model:
-            raise GenerationError(
-                f"{self.home}/edgecl.toml names the base {base}, it was {manifest.model} at init; "
-                "put that back, or `edgecl init` a new home"
-            )
-        path = Path(manifest.model)
+        first = self.load(0)
+        manifest, path = first.manifest, Path(base) if base else first.model
+        moved = f"set `base` in {self.home}/edgecl.toml to where it is now"
+        right = [[manifest.base_sha256, manifest.model, manifest.base_bytes, manifest.base_mtime_ns], self._base_seen()]
         try:
             stat = path.stat()
-            if not full and (stat.st_size, stat.st_mtime_ns) == (manifest.base_bytes, manifest.base_mtime_ns):
+            found = [manifest.base_sha256, str(path), stat.st_size, stat.st_mtime_ns]
+            if not full and found in right:
                 return
             got = sha256_file(path)
-        except OSError as error:
-            raise GenerationError(f"base {path} is gone ({error.strerror}); put it back, or `edgecl init` anew") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = getattr(error, "strerror", None) or error
+            raise GenerationError(f"base {path} is gone ({reason}); put it back, or {moved}") from None
         if got != manifest.base_sha256:
             raise GenerationError(
                 f"base {path} has sha256 {got[:12]}, it was {manifest.base_sha256[:12]} at init; "
-                "put the old file back, or `edgecl init` a new home"
+                f"put the old file back, or {moved}, or `edgecl init` a new home"
             )
+        if found not in right:
+            with contextlib.suppress(ConvertError):  # of a home that cannot be written to it is hashed again the next time
+                write_atomic(self.home / BASE_SEEN, json.dumps(found) + "\n")
+
+    def _base_seen(self) -> Any:
+        """Return hash, path, size and time stamp of the base as it was last found right elsewhere than at `init`."""
+        try:
+            return json.loads((self.home / BASE_SEEN).read_bytes())
+        except (OSError, ValueError):  # it is where it was, or the note is damaged
+            return None
 
     # --- writing ------------------------------------------------------------------------------------------------
 

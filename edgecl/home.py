@@ -13,7 +13,7 @@ from edgecl_convert.recipe import KEEP
 
 from .child import Limits, run_stage
 from .errors import EdgeclError, SettingError, StageError, translated
-from .generations import Generations, Manifest, now, sha256_file
+from .generations import BASE_SEEN, Generations, Manifest, now, sha256_file
 from .lock import night_lock
 from .places import default_home, find_model
 from .profile import PRECISIONS, Profile, Settings, load_profile, profile_name, served_at
@@ -71,7 +71,7 @@ def make_home(
                     merge(source, None, fresh, written)
             _check_loads(fresh if written else path, limits, path)
             if exists:  # until here it can be used as before
-                for old in ("edgecl.toml", "current", "replay.db", "replay.db-wal", "replay.db-shm"):
+                for old in ("edgecl.toml", "current", BASE_SEEN, "replay.db", "replay.db-wal", "replay.db-shm"):
                     (place / old).unlink(missing_ok=True)
                 clear_try(place)
                 for model in {*place.resolve().glob("base-*.gguf")} - {base, path.resolve()}:

@@ -17,7 +17,7 @@ def night_lock(home: Path) -> Iterator[None]:
 
     Raises:
         NotNow: another night is running.
-        SettingError: the home cannot be written to.
+        SettingError: the home cannot be written to, or its disk locks no files.
     """
     try:
         lock = os.open(home / "lock", os.O_CREAT | os.O_WRONLY, 0o600)
@@ -26,6 +26,10 @@ def night_lock(home: Path) -> Iterator[None]:
     with open(lock, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise NotNow(f"another night is running in {home}; try again when it is done") from None
+        except OSError as error:
+            raise SettingError(
+                f"{home}/lock: cannot be locked: {error.strerror}; move {home} to a disk whose files can be"
+            ) from None
         yield

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from sqlite_utils import Database, Migrations
 
 migrations = Migrations("edgecl")
+
+
+def unknown_steps(db: Database) -> list[str]:
+    """Return the names of the steps that a file has had and that are not known here: a newer edgecl wrote it."""
+    with closing(Database(memory=True)) as empty:
+        known = {step.name for step in migrations.pending(empty)}
+    return [step.name for step in migrations.applied(db) if step.name not in known]
 
 
 @migrations()
@@ -67,3 +76,15 @@ def m005_last_only(db: Database) -> None:
 def m006_forgotten(db: Database) -> None:
     """The generations, by their manifest's hash, that learned from a row that was forgotten: they teach no more."""
     db.table("forgotten").create({"generation": str}, pk="generation")
+
+
+@migrations()
+def m007_scores_by_row(db: Database) -> None:
+    """Each row that is added asks for scores of its hash, which the key does not begin with."""
+    db.table("scores").create_index(["hash"])
+
+
+@migrations()
+def m008_scores_anew(db: Database) -> None:
+    """Prose, and answers that a number or tests judge, are measured otherwise now: earlier scores are no measure for it."""
+    db.execute("delete from scores")

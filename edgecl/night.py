@@ -4,9 +4,9 @@ Read `run` top to bottom. Every stage that loads a model is a child process; wha
 kept) are the pure functions of `replay`, `metrics` and `gate`. Until `publish` renames the draft nothing that serves is
 touched; rows leave `pending` only after that.
 
-A night may be interrupted and ends where it would have ended: what the models wrote and the checkpoint of training stay in
-runs/, the scores in the store, until it is published or refused by the gate. A stage that fails refuses the night too, with its
-reason and log in the history, but what was come to before it is kept: the next night goes on from there.
+A night may be interrupted and ends where it would have ended: which rows it learns, what the models wrote and the checkpoint
+of training stay in runs/, the scores in the store, until it is published or refused by the gate. A stage that fails refuses the
+night too, with its reason and log in the history, but what was come to before it is kept: the next night goes on from there.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edgecl_convert import GgufFile, resolve_quant, write_atomic
+from edgecl_convert import ConvertError, GgufFile, resolve_quant, write_atomic
 
 from .child import Limits, Progress, run_stage
 from .data import Example
-from .errors import Diverged, EdgeclError, NotNow, StageError
+from .errors import DataError, Diverged, EdgeclError, NotNow, StageError
 from .gate import TaskResult, judge
 from .generations import ASKER, Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import KLD, Meter, mean_loss, record_of
 from .metrics import survival
+from .parts import compared, measured_on, swapped, without
 from .profile import Profile, Settings
 from .replay import choose, quota
 from .rows import Stored
@@ -40,16 +41,6 @@ WRITING = 0.25  # of a night's minutes, at most, are for what models write; trai
 BASE_COPY = ".base.tmp"  # named as what is cleared where drafts are
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows of a task that a night is measured on; kind and learning as in `TaskResult`."""
-
-    task: str
-    kind: str
-    learning: bool
-    rows: list[Example]
-
-
 @dataclass
 class AdaptReport:
     """What a night did.
@@ -57,6 +48,7 @@ class AdaptReport:
     Attributes:
         started: as `generations.now` has it; of a night that was interrupted, its last sitting.
         accepted: whether tonight's generation serves.
+        refused: of a night that is not worth a second try, what `tried` says of it.
         reason: why it was refused, or what is worth knowing about what serves.
         verdict: what the gate said, also where it only reports.
         served: file name of what was published, or "base + adapter".
@@ -71,6 +63,7 @@ class AdaptReport:
 
     started: str = field(default_factory=now)
     accepted: bool = False
+    refused: str = ""
     reason: str = ""
     verdict: str = ""
     generation: int | None = None
@@ -130,12 +123,13 @@ class Night:
         for quant in (self.settings.quant, *self.compare):
             self._qtype(quant)  # an unknown one is said before hours of work
         yesterday = self.generations.current()
+        new = self._begun(yesterday, new)
         unknown = self.generations.unknown(yesterday)  # what was rolled back is not rehearsed
         replay = [row for row in self.store.rows("replay") if row.generation not in unknown]
-        parts = measured_on(new, self.store.rows("heldout"), replay)
+        parts = measured_on(new, self.store.rows("heldout"), replay, self._known(unknown))
         rows = [row for part in parts for row in part.rows]
         report = self.report
-        report.n_new, report.n_replay = len(new), len(replay)
+        report.n_new, report.n_replay, is_small = len(new), len(replay), len(new) <= SMALL
         draft = self.generations.draft()
         try:
             before, report.prose["before"] = self.meter.measure(yesterday, rows)
@@ -144,42 +138,43 @@ class Night:
             left_out = [new[i] for i in report.train["left_out"]]
             unused = {*report.train["left_out"], *report.train["unmet"]}
             learned = [row for i, row in enumerate(new) if i not in unused]
+            if len(left_out) == len(new):
+                self.store.set_aside([row.id for row in new])
+                raise DataError(
+                    f"none of {len(new)} rows has an answer that fits into {self.profile.n_ctx} tokens; they are set aside: "
+                    "raise n_ctx (profile) and observe them again, or shorter answers"
+                )
             if not learned:
                 raise EdgeclError("the night had no time to train on a single row; raise minutes (profile, `--minutes`)")
-            parts = _without(parts, [new[i] for i in unused])
+            parts = without(parts, [new[i] for i in unused])
             taught = [row for part in parts if part.learning for row in part.rows]
             report.losses["before"] = mean_loss(before, taught)
             tonight = self._merge(draft, taught)
-            swaps = [swapped(part.rows) if part.learning and part.kind == "heldout" else [] for part in parts]
+            swaps = [swapped(part.rows) if part.learning and not is_small else [] for part in parts]
             others = [other for pairs in swaps for _, other in pairs]
             after, report.prose["after"] = self.meter.measure(tonight, [*rows, *others])
             report.prose["kld"] = after[KLD].loss_nats
-        except EdgeclError as error:
+        except (EdgeclError, ConvertError, OSError) as error:
             shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, NotNow):
                 raise
-            log = {"log": error.log} if isinstance(error, StageError) else {}
             report.reason = str(error)
+            if getattr(error, "exit_code", 1) == Diverged.exit_code:
+                return self._refuse(draft, new, yesterday)
+            log = {"log": error.log} if isinstance(error, StageError) else {}
             self.store.record_night(None, False, report.reason, report.as_dict() | log)
-            if error.exit_code == Diverged.exit_code:
-                return self._refuse(draft)
-            raise
+            if isinstance(error, EdgeclError):
+                raise
+            raise EdgeclError(report.reason) from error
         finally:
             report.eval_s = self.meter.eval_s
             report.peak_rss_bytes = max(report.peak_rss_bytes, self.meter.peak_rss_bytes)
-        for part, pairs in zip(parts, swaps, strict=True):
-            then, since = (
-                [(s.correct, s.loss_nats) for s in (scores[row.hash] for row in part.rows)] for scores in (before, after)
-            )
-            swap = [(after[own.hash].loss_nats, after[other.hash].loss_nats) for own, other in pairs]
-            report.results.append(TaskResult.paired(part.task, part.kind, part.learning, then, since, swap))
-        is_small = len(new) <= SMALL
+        report.results = compared(parts, swaps, before, after)
         verdict = judge(report.results, report.prose["base"], report.prose["after"], self.settings.gate, is_small)
         report.verdict = "; ".join(verdict.reasons) or "nothing got worse"
         if not verdict.accepted and self.gate == "enforce":
             report.reason = report.verdict
-            self.store.record_night(None, False, report.reason, report.as_dict())
-            return self._refuse(draft)
+            return self._refuse(draft, new, yesterday)
         try:
             self._publish(draft, tonight, yesterday, new, learned, left_out)
         finally:
@@ -193,7 +188,27 @@ class Night:
         folder.mkdir(exist_ok=True, mode=0o700)
         return folder
 
-    def _refuse(self, draft: Path) -> AdaptReport:
+    def _begun(self, yesterday: Generation, new: list[Stored]) -> list[Stored]:
+        """Return the rows of the night that is gone on from, while all of them wait still; what came since waits, too."""
+        path, of = self._runs / "rows.json", [yesterday.hash, self.store.number]
+        with contextlib.suppress(OSError, ValueError, TypeError):  # none, or damaged
+            key, ids = json.loads(path.read_text("utf-8"))
+            begun = [row for row in new if row.id in ids]
+            if key == of and ids and len(begun) == len(ids):
+                return begun
+        write_atomic(path, json.dumps([of, [row.id for row in new]]))
+        return new
+
+    def _known(self, unknown: Collection[int]) -> set[str]:
+        """Return the tasks that a night, which was not rolled back, was measured to get better at, on held-out rows."""
+        nights = [night for night in self.store.nights() if night["accepted"] and night["generation"] not in unknown]
+        results = [result for night in nights for result in night["report"].get("results", ())]
+        return {result["task"] for result in results if result["learning"] and result["kind"] == "heldout"}
+
+    def _refuse(self, draft: Path, new: list[Stored], yesterday: Generation) -> AdaptReport:
+        report = self.report
+        report.refused = tried(self.settings, self.profile, yesterday, new)
+        self.store.record_night(None, False, report.reason, report.as_dict())
         shutil.rmtree(draft, ignore_errors=True)
         self._forget_run()
         return self.report
@@ -201,7 +216,7 @@ class Night:
     def _forget_run(self) -> None:
         """Remove what an interrupted night would have gone on from."""
         self.store.drop_draft_scores()
-        for name in ("written.json", "checkpoint.safetensors", "asker.safetensors", "asker.db"):
+        for name in ("rows.json", "written.json", "checkpoint.safetensors", "asker.safetensors", "asker.db"):
             (self._runs / name).unlink(missing_ok=True)
 
     def _write(self, yesterday: Generation, new: list[Stored]) -> dict[str, Any]:
@@ -255,7 +270,6 @@ class Night:
             "limits": asdict(limits),
             "runs": str(self._runs),
             "adapter_gguf": str(draft / "adapter.gguf"),
-            "adapter_peft": str(draft / "adapter"),
             "asker_gguf": str(draft / ASKER) if self.settings.replay.written else None,
         }
         result, peak = run_stage("train", request, self.limits, self.progress)
@@ -331,7 +345,7 @@ class Night:
         )
         self.store.claim([row.id for row in new], number)  # the others, too: what is near them was trained on
         published = self.generations.publish(draft, manifest)
-        self.store.rename_scores(tonight.hash, published.hash)
+        self.store.rename_scores(tonight.hash, published.hash, self.generations.load(0).hash)
         self.store.settle(manifest.learned, manifest.kept, number, self.settings.replay.archive)
         self.store.set_aside([row.id for row in left_out])
         self.store.record_night(number, True, report.reason, report.as_dict())
@@ -344,54 +358,10 @@ def kept_ids(learned: Sequence[Stored], share: float, number: int) -> list[int]:
     return [learned[i].id for i in rows]
 
 
-def measured_on(new: Sequence[Stored], heldout: Sequence[Stored], replay: Sequence[Stored]) -> list[Part]:
-    """Return what a night is measured on.
-
-    A task that came with rows to hold out should get better at them. Corrections teach nothing else: they are to be known
-    themselves. What their task had before, its held-out rows or else those it rehearses, must not get worse.
-    """
-    own, held, kept = (_by_task(rows) for rows in (new, heldout, replay))
-    parts = []
-    for task in {**held, **own, **kept}:
-        came_along = task in own and task in held and held[task][-1].id > own[task][0].id
-        is_taught = came_along and len(new) > SMALL
-        if task in own and not is_taught:
-            parts.append(_part("learned", True, own[task]))
-        if task in held:
-            parts.append(_part("heldout", is_taught, held[task]))
-        elif task in kept:
-            parts.append(_part("replay", False, kept[task]))
-    return parts
-
-
-def _by_task(rows: Sequence[Stored]) -> dict[str, list[Stored]]:
-    """Return rows by task, those of each in the order of their ids."""
-    out: dict[str, list[Stored]] = {}
-    for row in sorted(rows, key=lambda row: row.id):
-        out.setdefault(row.example.task, []).append(row)
-    return out
-
-
-def _part(kind: str, learning: bool, rows: Sequence[Stored]) -> Part:
-    return Part(rows[0].example.task, kind, learning, [row.example for row in rows])
-
-
-def _without(parts: Sequence[Part], unused: Sequence[Stored]) -> list[Part]:
-    """Return parts without rows that were not trained on, and without those that have no others."""
-    gone = {row.example for row in unused}
-    kept = [replace(part, rows=[row for row in part.rows if row not in gone]) for part in parts]
-    return [part for part in kept if part.rows]
-
-
-def swapped(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
-    """Return rows, each beside its question with the next other answer among them; none where all answers are the same."""
-    out = []
-    for i, row in enumerate(rows):
-        other = next((r.answer for r in (*rows[i + 1 :], *rows[:i]) if r.answer != row.answer), None)
-        if other is not None:
-            messages = (*row.messages[:-1], (row.messages[-1][0], other))
-            out.append((row, replace(row, messages=messages, final=None, program=None)))
-    return out
+def tried(settings: Settings, profile: Profile, yesterday: Generation, new: Sequence[Stored]) -> str:
+    """Return a digest of what a night comes of: of the same comes the same."""
+    facts = [asdict(settings), asdict(profile), yesterday.hash, [record_of(row.example) for row in new]]
+    return sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _draft(folder: Path, model: Path, adapter: Path | None) -> Generation:

@@ -17,11 +17,11 @@ from edgecl_convert.names import PROJECTIONS
 
 from .child import Progress
 from .device import Sensors, why_not_now
-from .errors import NotNow, translated
+from .errors import EdgeclError, NothingToLearn, NotNow, translated
 from .generations import now
 from .learner import Learner
 from .lock import night_lock
-from .night import AdaptReport
+from .night import AdaptReport, tried
 from .profile import Settings
 from .tries import clear_try, last_try, note_try
 from .writers import base_copy
@@ -29,7 +29,7 @@ from .writers import base_copy
 EVERY_S = 3.0  # the machine is looked at this often while a night runs
 BYTES_A_WEIGHT = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
 Q8_0_BYTES = 34 / 32  # a weight, at the widest of the other types
-ADAPTERS = 2 + 2 * 5  # adapter.gguf and adapter/; a checkpoint (weights, two moments, average, best) while it replaces one
+ADAPTERS = 2 + 2 * 5  # two adapters; a checkpoint (weights, two moments, average, best) while it replaces one
 
 
 def nightly(
@@ -44,7 +44,7 @@ def nightly(
         told: why the night is to yield now whatever the machine says, such as a signal that came; "" while it need not.
 
     Raises:
-        NothingToLearn: no pending rows.
+        NothingToLearn: no pending rows, or the same that the gate refused before: it would again.
         NotNow: the machine is not free, or stopped being it; what was done so far is kept.
         EdgeclError: a stage failed; yesterday's model serves still, no row is lost, and the history has reason and log.
     """
@@ -54,7 +54,10 @@ def nightly(
             sensors.recall(note["keyboard"])
     try:
         report = _sitting(learner, _Contract(learner, sensors, told), progress)
-    except NotNow as error:
+    except NothingToLearn:
+        clear_try(learner.home)
+        raise
+    except (EdgeclError, OSError) as error:
         with suppress(OSError, ConvertError):
             note_try(learner.home, now(), str(error), sensors.keyboard)
         raise
@@ -63,7 +66,14 @@ def nightly(
 
 
 def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -> AdaptReport:
-    if learner.store.rows("pending"):
+    if pending := learner.store.rows("pending"):
+        digest = tried(learner.settings, learner.profile, learner.generations.current(), pending)
+        for night in learner.store.nights():
+            if night["report"].get("refused") == digest:
+                raise NothingToLearn(
+                    f"nothing new to learn: a night with these {len(pending)} rows was refused ({night['reason']}); "
+                    "look at them or at the settings; `edgecl adapt` tries them again all the same"
+                )
         with night_lock(learner.home):
             learner.generations.clear_drafts()  # of a night that died: they would take the room that this one needs
         learner.generations.check_base(full=False, base=learner.settings.base)

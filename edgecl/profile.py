@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, time
@@ -212,7 +213,7 @@ class Settings:
     """edgecl.toml: what one learner is told.
 
     Attributes:
-        base: path of the base GGUF.
+        base: path of the base GGUF; `read` finds one that lies in the home where the home is now.
         quant: what is served: int8, int4, keep, or a type or mixture that `edgecl_convert` writes.
         keep_models: generations that keep their full model; older ones keep adapter and manifest.
     """
@@ -252,7 +253,10 @@ class Settings:
         for key, part in parts.items():
             if key in table:
                 table[key] = from_table(part, table[key], f"{path} [{key}]")
-        return from_table(cls, table, str(path))
+        settings = from_table(cls, table, str(path))
+        home = path.parent.resolve()
+        own = home / Path(settings.base).name  # first: where a home was before it was moved, another may be now
+        return dataclasses.replace(settings, base=str(own if os.path.isfile(own) else home / settings.base))
 
     def to_toml(self) -> str:
         """Return the text of edgecl.toml, every setting written out."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from .data import Example
 
 ROLES = ("pending", "replay", "heldout", "archive")
+FORGOTTEN = "forgotten"  # stands where the name of a task was
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,26 @@ def _example(row: dict[str, Any]) -> Example:
 def stored_from(row: dict[str, Any]) -> Stored:
     """Return a row of the table; ValueError or TypeError where it is not as it was stored."""
     return Stored(row["id"], row["role"], _example(row), row["generation"])
+
+
+def scored_from(row: dict[str, Any]) -> Scored:
+    """Return a row of the table `scores`."""
+    return Scored(row["hash"], row["task"], bool(row["correct"]), row["loss_nats"], row["n_tokens"])
+
+
+def night_from(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the table `nights` with its report; ValueError where that is damaged."""
+    return row | {"accepted": bool(row["accepted"]), "report": json.loads(row["report"])}
+
+
+def without_task(night: dict[str, Any], task: str) -> dict[str, Any]:
+    """Return a night without the name of a task in its results and in what the gate said."""
+
+    def unnamed(text: str) -> str:
+        return re.sub(rf"(^|; ){re.escape(task)}: ", rf"\1{FORGOTTEN}: ", text)
+
+    report = dict(night["report"])
+    report |= {key: unnamed(report[key]) for key in ("reason", "verdict") if key in report}
+    if "results" in report:
+        report["results"] = [result | {"task": FORGOTTEN} if result["task"] == task else result for result in report["results"]]
+    return night | {"reason": unnamed(night["reason"]), "report": report}

@@ -9,6 +9,7 @@ who knows them; the namespace and the resource limits hold for both. Linux.
 
 from __future__ import annotations
 
+import marshal
 import re
 import secrets
 import subprocess
@@ -17,12 +18,13 @@ import tempfile
 
 CPU_S, WALL_S = 3, 20  # on a busy machine, a night gets little of a core
 MEMORY_BYTES = 512_000_000
+INDENT = "    "
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 _RUNNER = """
-import os, resource, sys
+import marshal, os, resource, sys
 cpu_s, memory_bytes = map(int, sys.argv[1:])
-token, program = sys.stdin.read().split("\\n", 1)
+token, *programs = marshal.load(sys.stdin.buffer)
 done = os.dup(1)
 nothing = os.open(os.devnull, os.O_WRONLY)
 os.dup2(nothing, 1), os.dup2(nothing, 2)
@@ -42,7 +44,12 @@ def bar(event, args):
     if event.startswith(BARRED) or event == "open" and (args[2] or 0) & WRITES:
         raise PermissionError(event)
 sys.addaudithook(bar)
-exec(compile(program, "answer", "exec"), {"__name__": "__main__"})
+def compiled(program):
+    try:
+        return compile(program, "answer", "exec")
+    except SyntaxError:
+        return None
+exec(next(filter(None, map(compiled, programs))), {"__name__": "__main__"})
 os.write(done, token.encode())
 os._exit(0)
 """
@@ -54,14 +61,25 @@ def code_in(answer: str) -> str:
     return found[1] if found else answer
 
 
-def passes(program: str) -> bool:
-    """Return whether a Python program runs to its end, within the limits and without an exception."""
+def programs_of(before: str, answer: str, after: str) -> list[str]:
+    """Return the programs that an answer between `before` and `after` may mean: its code as it stands, or indented otherwise.
+
+    Some chat templates trim answers, so that the rest of a function begins without its indentation; with others a space comes
+    first that is no part of the answer.
+    """
+    code = code_in(answer)
+    bare = code.lstrip()
+    return [f"{before}{text}\n{after}\n" for text in dict.fromkeys((code, bare, INDENT + bare))]
+
+
+def passes(*programs: str) -> bool:
+    """Return whether the first of some programs that compiles runs to its end, within the limits and without an exception."""
     token = secrets.token_hex(16)  # a program that leaves early does not know it
     with tempfile.TemporaryDirectory(prefix="edgecl-sandbox-") as folder:
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _RUNNER, str(CPU_S), str(MEMORY_BYTES)],
-                input=f"{token}\n{program}".encode("utf-8", "replace"),
+                input=marshal.dumps([token, *programs]),
                 capture_output=True,
                 timeout=WALL_S,
                 cwd=folder,

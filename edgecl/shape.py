@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edgecl_convert import UnsupportedError
+from edgecl_convert import GgufError, UnsupportedError
 from edgecl_convert.names import check_architecture, head_counts
 from edgecl_convert.source import Source
 
@@ -94,7 +94,7 @@ def read_shape(gguf: Source) -> Shape:
 
     Raises:
         UnsupportedError: an architecture, a rotary scaling or a soft cap that is not carried over.
-        GgufError: a field is missing.
+        GgufError: a field or the embedding is missing.
     """
     architecture = check_architecture(gguf)
     heads = head_counts(gguf)
@@ -106,6 +106,9 @@ def read_shape(gguf: Source) -> Shape:
     for name, neutral in _NOT_CARRIED_OVER.items():
         if field(name, neutral) != neutral:
             raise UnsupportedError(f"{gguf.path}: {architecture}.{name} = {field(name)} is not supported for training")
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise GgufError(gguf.path, "lacks the tensor token_embd.weight; download or convert the model again")
     width, n_layer = field("embedding_length"), field("block_count")
     head_dim = field("attention.key_length", width // heads["n_head"])
     if field("rope.dimension_count", head_dim) != head_dim:
@@ -122,7 +125,7 @@ def read_shape(gguf: Source) -> Shape:
             scale_dim = width // heads["n_head"]
     return Shape(
         architecture=architecture,
-        n_vocab=gguf.tensors["token_embd.weight"].shape[0],
+        n_vocab=embedding.shape[0],
         width=width,
         n_ff=field("feed_forward_length"),
         n_layer=n_layer,

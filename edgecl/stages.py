@@ -28,13 +28,12 @@ from edgecl_convert import (
     read_gguf_adapter,
     verify,
     write_gguf_adapter,
-    write_peft_adapter,
 )
 
 from .data import Example, is_correct
-from .errors import EdgeclError
+from .errors import EdgeclError, NotNow
 from .profile import Profile, TrainSettings
-from .sandbox import code_in, passes
+from .sandbox import passes, programs_of
 from .template import ChatFormat, chat_format
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def is_right(example: Example, answer: str) -> bool:
     if example.program is None:
         return is_correct(example, answer)
     before, after = example.program
-    return passes(f"{before}{code_in(answer)}\n{after}\n")
+    return passes(*programs_of(before, answer, after))
 
 
 def prose_text() -> str:
@@ -72,7 +71,7 @@ def anchor_pieces(vocab: Any) -> list[list[int]]:
     """Return token ids of pieces of general text, from all over the text that holds a model to its base."""
     ids = vocab.encode((HERE / "anchor.txt").read_text("utf-8"))
     pieces = [ids[i : i + ANCHOR_TOKENS] for i in range(0, len(ids) - ANCHOR_TOKENS, ANCHOR_TOKENS)]
-    return pieces[:: math.ceil(len(pieces) / MAX_ANCHORS)]
+    return [vocab.with_bos(piece) for piece in pieces[:: math.ceil(len(pieces) / MAX_ANCHORS)]]
 
 
 def load_stage(request: Request, report: Report) -> Request:
@@ -136,9 +135,10 @@ def question_of(example: Example) -> str:
 
 
 def train_stage(request: Request, report: Report) -> Request:
-    """Train tonight's adapter, which answers, and write it as GGUF and as a PEFT folder; then the one that asks, as GGUF."""
+    """Train tonight's adapter, which answers, and then the one that asks; write both as GGUF."""
     from .engine import VocabFile
-    from .train import LatentStore, Night
+    from .train import LatentStore, Night, TrainReport
+    from .train.batches import usable
 
     with GgufFile(request["base"]) as gguf:
         with VocabFile(gguf.path) as vocab:
@@ -146,15 +146,17 @@ def train_stage(request: Request, report: Report) -> Request:
             reworded = request["reworded"] or [[]] * len(request["new"])
             new = [train_row(chats, example_from(r), others) for r, others in zip(request["new"], reworded, strict=True)]
             replay, heldout = ([train_row(chats, example_from(r)) for r in request[key]] for key in ("replay", "heldout"))
-            replay += [written_row(chats, **row) for row in request["written"]]
+            replay += [written_row(chats, **row) for row in not_asked_tonight(chats, request["new"], request["written"])]
             anchor = anchor_pieces(vocab)
             asking = request["new"] if request["asker_gguf"] else []
-            asked = [row for record in asking if (row := asking_row(chats, example_from(record)))]
+            asked = {i: row for i, record in enumerate(asking) if (row := asking_row(chats, example_from(record)))}
         start = read_gguf_adapter(request["start"]) if request["start"] else None
         told = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: told.set())  # until here there is nothing to save
         runs, settings = Path(request["runs"]), TrainSettings(**request["settings"])
         limits = Profile(**request["limits"])
+        if all(usable(row, limits.n_ctx) is None for row in new):
+            return asdict(TrainReport(left_out=list(range(len(new))))) | {"ask_s": 0.0, "no_asker": ""}
         minutes = limits.minutes * (ASKING if asked else 0.0)
         in_blocks = in_minimums(gguf, request["quant"])
         night = Night(start, anchor, heldout, base_sha256=request["base_sha256"], in_blocks=in_blocks, stop=told.is_set)
@@ -168,17 +170,29 @@ def train_stage(request: Request, report: Report) -> Request:
             adapter, result = _trained(gguf, new, replay, _of_rank(settings, night), answering, night, say)
         adapter.base_sha256 = request["base_sha256"]
         write_gguf_adapter(request["adapter_gguf"], adapter)
-        write_peft_adapter(request["adapter_peft"], adapter, gguf)
-        ask_s = 0.0
-        if asked:
+        ask_s, no_asker = 0.0, ""
+        learned = [row for i, row in asked.items() if i not in {*result.left_out, *result.unmet}]
+        if learned:
             night = Night(base_sha256=request["base_sha256"], stop=told.is_set, samples=True)
-            with LatentStore(runs / "asker.db", request["base_sha256"]) as store:
-                night.store, night.checkpoint = store, runs / "asker.safetensors"
-                asker, facts = _trained(gguf, asked, [], _asking(settings), replace(limits, minutes=minutes), night, say)
-            asker.base_sha256 = request["base_sha256"]
-            write_gguf_adapter(request["asker_gguf"], asker)
-            ask_s = facts.train_s
-    return asdict(result) | {"ask_s": ask_s}
+            try:
+                with LatentStore(runs / "asker.db", request["base_sha256"]) as store:
+                    night.store, night.checkpoint = store, runs / "asker.safetensors"
+                    asker, facts = _trained(gguf, learned, [], _asking(settings), replace(limits, minutes=minutes), night, say)
+            except NotNow:
+                raise
+            except EdgeclError as error:  # a later night has the adapter ask in its place
+                no_asker = str(error)
+            else:
+                asker.base_sha256 = request["base_sha256"]
+                write_gguf_adapter(request["asker_gguf"], asker)
+                ask_s = facts.train_s
+    return asdict(result) | {"ask_s": ask_s, "no_asker": no_asker}
+
+
+def not_asked_tonight(chats: ChatFormat, new: Sequence[list[Any]], written: Sequence[Request]) -> list[Request]:
+    """Return written rows but those that ask what a new row asks: it may correct what earlier nights answer there."""
+    asked = {tuple(asked_ids(chats, record)) for record in new}
+    return [row for row in written if tuple(row["asked"]) not in asked]
 
 
 def _of_rank(settings: TrainSettings, night: Night) -> TrainSettings:
@@ -269,7 +283,7 @@ def measure_stage(request: Request, report: Report) -> Request:
         chats = chat_format(base, engine.vocab)
         prose = asdict(read_prose(engine, prose_text(), expected)) if request["prose"] else {}
         scores = []
-        rows = [fitted(Row(*chats.row(example)), engine.n_ctx) for example in examples]
+        rows = [fitted(Row(*chats.row(example)), engine.n_ctx, example.is_free) for example in examples]
         for example, result in zip(examples, score(engine, rows), strict=True):
             scores.append([is_right(example, result.text), result.loss_nats, result.n_tokens])
             report(len(scores), len(examples), Path(request["model"]).name)

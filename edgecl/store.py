@@ -21,7 +21,7 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,10 +31,12 @@ from sqlite_utils import Database
 
 from .data import Example
 from .errors import DataError, StoreError
-from .migrations import migrations
-from .rows import ROLES, Added, Scored, Stored, columns_of, heldout_quota, stored_from
+from .migrations import migrations, unknown_steps
+from .rows import ROLES, Added, Scored, Stored, columns_of, heldout_quota, night_from, scored_from, stored_from, without_task
 
 PENDING = "id = ? and role = 'pending'"
+AGAIN = "update examples set role = 'pending', generation = null"
+FORGET_SCORES = "delete from scores where hash = ?"
 
 
 class Store:
@@ -56,6 +58,7 @@ class Store:
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = Database(sqlite3.connect(self.path, timeout=30, check_same_thread=False))
+            self._opened = self.path.stat()
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{path}: cannot be opened: {error}; {self._way_out()}") from None
         try:
@@ -75,9 +78,7 @@ class Store:
         self._db.execute("PRAGMA secure_delete = ON")
         self._db.enable_wal()
         self._db.execute("PRAGMA synchronous = FULL")
-        with closing(Database(memory=True)) as empty:
-            known = {migration.name for migration in migrations.pending(empty)}
-        if newer := [m.name for m in migrations.applied(self._db) if m.name not in known]:
+        if newer := unknown_steps(self._db):
             raise StoreError(f"{self.path}: was written by a newer edgecl (it has {newer[-1]}); update edgecl")
         if migrations.pending(self._db):
             with self._transaction():  # the second of two processes that open a new file finds nothing left to do
@@ -129,8 +130,7 @@ class Store:
             for row_id, (row, task) in known.items() if replace else ():
                 is_single = row["role"] == "heldout" and not heldout_quota(given[task], heldout_share)
                 if is_single or row["role"] == "archive" or row["generation"] in gone:
-                    again = "update examples set role = 'pending', generation = null where id = ?"
-                    n = self._db.execute(again, [row_id]).rowcount
+                    n = self._db.execute(f"{AGAIN} where id = ?", [row_id]).rowcount
                     report.added, report.duplicates = report.added + n, report.duplicates - n
         if report.replaced:
             self._empty_log()
@@ -148,14 +148,14 @@ class Store:
             for row in same if replace else ():
                 if judged.items() - row.items():  # its tests may have been wrong before
                     table.update(row["id"], judged)
-                    self._forget_scores(example)
+                    self._db.execute(FORGET_SCORES, [example.hash])
             return same
         report.added += 1
         if is_asked:
             report.replaced += 1
             table.delete_where("prompt_hash = ?", [example.prompt_hash])
         table.insert(columns_of(example) | {"role": "pending", "created": now})
-        self._forget_scores(example)  # of when a night learned it and did not keep it
+        self._db.execute(FORGET_SCORES, [example.hash])  # of when a night learned it and did not keep it
         return []
 
     def _hold_out(self, task: str, last: int, share: float) -> int:
@@ -163,20 +163,15 @@ class Store:
         n_added = self._count("task = ? and id > ?", [task, last])
         n_heldout = self._count("task = ? and role = 'heldout'", [task])
         missing = max(0, heldout_quota(n_added + n_heldout, share) - n_heldout)
-        self._db.execute(
-            "update examples set role = 'heldout' where id in "
-            "(select id from examples where task = ? and id > ? order by hash limit ?)",
-            [task, last, missing],
-        )
+        chosen = "select id from examples where task = ? and id > ? order by hash limit ?"
+        self._db.execute(f"update examples set role = 'heldout' where id in ({chosen})", [task, last, missing])
         return missing
 
     def rows(self, role: str, task: str | None = None) -> list[Stored]:
         """Return the rows of a role, oldest first."""
-        where, arguments = "role = ?", [role]
-        if task is not None:
-            where, arguments = where + " and task = ?", [role, task]
         with self._reading():
-            return [stored_from(row) for row in self._db.table("examples").rows_where(where, arguments, order_by="id")]
+            found = self._db.table("examples").rows_where("role = ? and task = coalesce(?, task)", [role, task], order_by="id")
+            return [stored_from(row) for row in found]
 
     def find(self, prompt_hash: str) -> dict[str, Any] | None:
         """Return the row of a prompt as the table has it, whatever its role: what `take_back` puts back."""
@@ -213,9 +208,7 @@ class Store:
 
         Only what was claimed may leave `pending` after a crash: in a store that was restored, ids are those of other rows.
         """
-        with self._transaction():
-            for row_id in learned:
-                self._db.execute(f"update examples set generation = ? where {PENDING}", [generation, row_id])
+        self._for_each(f"update examples set generation = ? where {PENDING}", ((generation, row_id) for row_id in learned))
 
     def claimed(self, generation: int) -> set[int]:
         """Return the ids of rows that a generation has claimed and that are not settled yet."""
@@ -230,19 +223,16 @@ class Store:
         """
         with self._transaction():
             for row_id in learned:
-                role = "replay" if row_id in keep else "archive" if archive else None
-                if role is None:
-                    self._db.execute(f"delete from examples where {PENDING}", [row_id])
-                else:
+                if row_id in keep or archive:
                     kept = f"update examples set role = ?, generation = ? where {PENDING}"
-                    self._db.execute(kept, [role, generation, row_id])
+                    self._db.execute(kept, ["replay" if row_id in keep else "archive", generation, row_id])
+                else:
+                    self._db.execute(f"delete from examples where {PENDING}", [row_id])
         self._empty_log()
 
     def set_aside(self, ids: Collection[int]) -> None:
         """Archive rows that no night can learn, so that they are not lost and no later night meets them."""
-        with self._transaction():
-            for row_id in ids:
-                self._db.execute(f"update examples set role = 'archive' where {PENDING}", [row_id])
+        self._for_each(f"update examples set role = 'archive' where {PENDING}", ((row_id,) for row_id in ids))
 
     def drop(self, role: str, keep: Collection[int] = ()) -> None:
         """Delete every row of a role whose id is not in `keep`."""
@@ -254,34 +244,44 @@ class Store:
 
     # --- forgetting ---------------------------------------------------------------------------------------------
 
-    def forget(self, ids: Collection[int], generations: Iterable[str]) -> None:
+    def forget(self, ids: Collection[int], generations: Iterable[str], task: str = "") -> None:
         """Delete rows, their scores, and what errors of nights may have quoted of them; all or none.
 
         Safe to call again: where a crash or a reader left text in the file, the next call takes it out.
 
         Args:
             generations: manifest hashes of those that learned from the rows; remembered, see `forgotten`.
+            task: whose name goes from what nights reported, where no row is of it any more.
 
         Raises:
             StoreError: the database failed, or another program was reading and the text is still in its log.
         """
         with self._transaction():
-            for row_id in ids:
-                self._db.execute("delete from examples where id = ?", [row_id])
+            if ids:
+                self._db.execute("PRAGMA user_version = 1")
+            self._db.conn.executemany("delete from examples where id = ?", ((row_id,) for row_id in ids))
             # also of rows that nights did not keep, of which ids are all that is known; prose has no task
             self._db.execute("delete from scores where task != '' and hash not in (select hash from examples)")
             self._db.table("forgotten").insert_all(({"generation": hash_} for hash_ in generations), ignore=True)
+            is_gone = task and not self._count("task = ?", [task])
             for night in self.nights():
                 if ids and not night["accepted"] and not night["report"].get("verdict"):  # it ended in an error
-                    said = {"reason": "an error, forgotten with a row", "report": "{}"}
-                    self._db.table("nights").update(night["id"], said)
-        with self._translated(
-            "is not clean yet", "the rows are deleted; run `edgecl forget` again to take out the last of them"
-        ):
+                    night |= {"reason": "an error, forgotten with a row", "report": {}}
+                said = without_task(night, task) if is_gone else night
+                self._db.table("nights").update(night["id"], {"reason": said["reason"], "report": json.dumps(said["report"])})
+        then = "the rows are deleted; run `edgecl forget` again to take out the last of them"
+        with self._translated("is not clean yet", then):
             self._db.execute("PRAGMA temp_store = MEMORY")
             self._db.execute("VACUUM")  # joined pages may keep copies of old rows, which secure_delete does not see
             if self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 raise sqlite3.OperationalError("another program is reading it")
+            self._db.execute("PRAGMA user_version = 0")
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the last `forget` that deleted rows came to its end; else text of theirs may be in the file still."""
+        with self._reading():
+            return not self._db.execute("PRAGMA user_version").fetchone()[0]
 
     def last_id(self) -> int:
         """Return the greatest id that a row has or had."""
@@ -295,60 +295,40 @@ class Store:
 
     def learn_again(self, generations: Collection[int]) -> None:
         """Make rows that these generations learned, and the store still has, pending again."""
-        with self._transaction():
-            for number in generations:
-                self._db.execute("update examples set role = 'pending', generation = null where generation = ?", [number])
+        self._for_each(f"{AGAIN} where generation = ?", ((number,) for number in generations))
 
     # --- nights and scores --------------------------------------------------------------------------------------
 
     def record_night(self, generation: int | None, accepted: bool, reason: str, report: dict[str, Any]) -> None:
         """Write down what a night did; when it started is in its report, but in one of earlier versions."""
+        started = report.get("started") or datetime.now(timezone.utc).isoformat(timespec="seconds")
+        night = {"started": started, "generation": generation, "accepted": int(accepted), "reason": reason}
         with self._transaction():
-            self._db.table("nights").insert(
-                {
-                    "started": report.get("started") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "generation": generation,
-                    "accepted": int(accepted),
-                    "reason": reason,
-                    "report": json.dumps(report),
-                }
-            )
+            self._db.table("nights").insert(night | {"report": json.dumps(report)})
 
     def nights(self) -> list[dict[str, Any]]:
         """Return every night, oldest first."""
         with self._reading():
-            return [
-                row | {"accepted": bool(row["accepted"]), "report": json.loads(row["report"])}
-                for row in self._db.table("nights").rows_where(order_by="id")
-            ]
+            return [night_from(row) for row in self._db.table("nights").rows_where(order_by="id")]
 
     def scores(self, generation: str, hashes: Sequence[str]) -> dict[str, Scored]:
         """Return the scores of a generation (by its manifest's hash) on rows, for those that have one."""
         wanted = set(hashes)
         with self._reading():
-            rows = list(self._db.table("scores").rows_where("generation = ?", [generation]))
-        return {
-            row["hash"]: Scored(row["hash"], row["task"], bool(row["correct"]), row["loss_nats"], row["n_tokens"])
-            for row in rows
-            if row["hash"] in wanted
-        }
+            found = [scored_from(row) for row in self._db.table("scores").rows_where("generation = ?", [generation])]
+        return {score.hash: score for score in found if score.hash in wanted}
 
     def add_scores(self, generation: str, scores: Iterable[Scored]) -> None:
         """Write down how a generation did on rows."""
+        rows = [{"generation": generation} | asdict(score) for score in scores if math.isfinite(score.loss_nats)]
         with self._transaction():
-            self._db.table("scores").upsert_all(
-                [{"generation": generation} | asdict(s) for s in scores if math.isfinite(s.loss_nats)],
-                pk=("generation", "hash"),
-            )
+            self._db.table("scores").upsert_all(rows, pk=("generation", "hash"))
 
-    def rename_scores(self, draft: str, generation: str) -> None:
-        """Let a published generation have the scores that its draft got; those of other drafts are dropped."""
+    def rename_scores(self, draft: str, generation: str, base: str) -> None:
+        """Let a published generation have the scores that its draft got; all others but those of the base are dropped."""
         with self._transaction():
             self._db.execute("update or replace scores set generation = ? where generation = ?", [generation, draft])
-        self.drop_draft_scores()
-
-    def _forget_scores(self, example: Example) -> None:
-        self._db.table("scores").delete_where("hash = ?", [example.hash])
+            self._db.execute("delete from scores where generation not in (?, ?)", [generation, base])
 
     def drop_draft_scores(self) -> None:
         """Forget the scores of drafts: their night is over."""
@@ -359,6 +339,11 @@ class Store:
 
     def _count(self, where: str, arguments: Sequence[Any]) -> int:
         return int(self._db.table("examples").count_where(where, arguments))
+
+    def _for_each(self, statement: str, arguments: Iterable[Sequence[Any]]) -> None:
+        """Run a statement with each of many arguments, all or none."""
+        with self._transaction():
+            self._db.conn.executemany(statement, arguments)
 
     def _empty_log(self) -> None:
         """Empty the write-ahead log, where deleted text would stay; if a reader is in the way, a later call does it."""
@@ -371,7 +356,16 @@ class Store:
         with self._translated("failed", "nothing was stored"):
             self._db.conn.execute("BEGIN IMMEDIATE")
             with self._db.conn:  # commits, or rolls back
+                if self._is_replaced():
+                    raise StoreError(f"{self.path}: was replaced; open it again, nothing was stored")
                 yield
+
+    def _is_replaced(self) -> bool:
+        """Return whether another file has the name of this one, or none: nobody would ever read what is written here."""
+        try:
+            return not os.path.samestat(self.path.stat(), self._opened)
+        except OSError:
+            return True
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -61,6 +61,15 @@ class Cell:
     written: int = ReplaySettings.written
     joint: bool = False
 
+    def __post_init__(self) -> None:
+        """Check what its nights will be told, before any of them runs.
+
+        Raises:
+            SettingError: the share is not from 0 to 1, or written or seed is below 0.
+        """
+        ReplaySettings(share=self.replay, written=self.written)
+        TrainSettings(seed=self.seed)
+
     @property
     def name(self) -> str:
         """File name of its result."""

@@ -20,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from edgecl_convert import ConvertError, write_atomic
+from edgecl_convert.process import module_command
 
 from .errors import EdgeclError, NotNow, SettingError
 from .profile import resource_folder
@@ -50,7 +51,7 @@ class Schedule:
 
 
 def _command(home: Path) -> list[str]:
-    return [sys.executable, "-m", "edgecl", "--home", str(home), "nightly"]
+    return module_command("edgecl", "--home", str(home), "nightly")
 
 
 def unit_name(home: Path) -> str:
@@ -219,7 +220,7 @@ def cron_command(home: Path) -> str:
     The shell's quotes are closed before each %: cron takes one backslash away before it, and would count those of the path.
     """
     quoted = " ".join(shlex.quote(word).replace("%", "''\\%") for word in _command(home))
-    night = f"PYTHONSAFEPATH=1 nice -n 19 {quoted}"
+    night = f"nice -n 19 {quoted}"
     again = f"[ $? -eq {NotNow.exit_code} ] && sleep {60 * AGAIN_MINUTES} && crontab -l | grep -q {unit_name(home)} || break"
     return f"for i in $(seq {CRON_TRIES}); do {night}; {again}; done"
 

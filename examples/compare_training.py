@@ -202,7 +202,7 @@ def _heldout(adapter: Any, rows: Rows) -> dict[str, Any]:
 
     out: dict[str, Any] = {"heldout_losses": [], "heldout_correct": []}
     with GgufFile(find_model(PACKAGED)) as gguf, torch.no_grad():
-        decoder = Decoder(gguf, placement())
+        decoder = Decoder(gguf, placement(0))
         lora = Lora(gguf, decoder.shape, PEER_RECIPE.r, PEER_RECIPE.lora_alpha, 0, decoder.place)
         lora.warm_start(adapter)
         for first in range(0, len(rows), 8):

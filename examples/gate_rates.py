@@ -3,9 +3,9 @@
     python examples/gate_rates.py [--seeds 4] [--json] [--out FOLDER]
 
 Every seed begins with a good night of the first task; each kind of second night then starts from a copy of that home, with the
-gate enforced. Good: the next task, the one after it, more of the first. Bad: answers shuffled among the rows; ten times the
-learning rate; other questions of the first task with wrong answers, under the name of a task of their own. Nights that are
-done are kept in FOLDER, and are not run again.
+gate enforced. Good: the next task, the one after it, more of the first. Bad: answers shuffled among the rows of the next task,
+and among more of the first; ten times the learning rate; other questions of the first task with wrong answers, under the name
+of a task of their own. Nights that are done are kept in FOLDER, and are not run again.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ def with_answers(records: list[Record], answers: list[str]) -> list[Record]:
     return out
 
 
-def shuffled(seed: int) -> list[Record]:
-    """Return rows of the second task, each with the answer of another."""
-    records = rows("math", seed)
+def shuffled(records: list[Record], seed: int) -> list[Record]:
+    """Return rows, each with the answer of another."""
     answers = [record["messages"][1]["content"] for record in records]
     random.Random(seed).shuffle(answers)
     return with_answers(records, answers)
@@ -64,9 +63,10 @@ KINDS: dict[str, tuple[bool, Callable[[int], list[Record]], float]] = {  # is it
     "the next task": (True, lambda seed: rows("math", seed), 1.0),
     "the task after it": (True, lambda seed: rows("code", seed), 1.0),
     "more of the first task": (True, lambda seed: rows("home", seed + 50), 1.0),
-    "shuffled answers": (False, shuffled, 1.0),
+    "shuffled answers": (False, lambda seed: shuffled(rows("math", seed), seed), 1.0),
     "ten times the learning rate": (False, lambda seed: rows("math", seed), 10.0),
     "a poisoned task": (False, poisoned, 1.0),
+    "more of the first task, shuffled": (False, lambda seed: shuffled(rows("home", seed + 50), seed), 1.0),
 }
 
 

@@ -309,5 +309,7 @@ def test_a_gguf_that_is_not_all_pairs_is_refused(base: GgufFile, tmp_path: Path)
     for names in ((f"{Q}.lora_b",), (f"{Q}.lora_a", f"{Q}.lora_b", "token_embd.weight"), ()):
         refusal(write_pairs(path, fields, names), base, "has no lora_a/lora_b pairs, or tensors other than those")
     refusal(write_pairs(path, fields | {"adapter.type": "alora"}), base, "not a LoRA adapter")
+    activated = fields | {"adapter.alora.invocation_tokens": [1, 2]}
+    refusal(write_pairs(path, activated), base, r"alora_invocation_tokens=\[1, 2\] cannot be expressed in GGUF LoRA")
     fields.pop("adapter.lora.alpha")
     refusal(write_pairs(path, fields), base, r"lacks the field adapter\.lora\.alpha", GgufError)

@@ -239,6 +239,24 @@ def test_int4_is_adaptive_with_measured_sensitivities_or_a_budget(path: Path, tm
         assert choose_recipe(quantized, "int4", matrix).quant == "keep"
 
 
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("no/out.gguf", ["--quant", "int4"], "no is no folder; make it"),
+        ("", ["--quant", "int4", "--force"], "is the base itself"),
+        ("out.gguf", ["--quant", "Q8_0", "--size-budget", "9"], "--size-budget goes with --quant int4, got Q8_0"),
+        ("out.gguf", ["--quant", "Q9"], "quant must be one of .*; got Q9"),
+    ],
+)
+def test_convert_refuses_what_it_can_before_it_measures(
+    target: str, options: list[str], words: str, path: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / target) if target else str(path)
+    unread = ["--imatrix", str(tmp_path / "no.txt")]  # reading it would be the first step of measuring
+    with pytest.raises(ConvertError, match=words):
+        CliRunner().invoke(cli, ["convert", str(path), out, *unread, *options], catch_exceptions=False)
+
+
 def test_sensitivities_of_some_tensors_are_not_mixed_with_the_prior(path: Path) -> None:
     with GgufFile(path) as base, pytest.raises(ConvertError, match=r"sensitivities lack token_embd\.weight"):
         adaptive_recipe(base, None, {"blk.0.attn_q.weight": 1.0})

@@ -243,6 +243,19 @@ def test_lines_go_in_and_answers_come_out(home: Path) -> None:
     assert stored(home) == [("garden", ("one", ANSWER, "two \nlines", ANSWER))]
 
 
+def test_a_row_that_a_night_has_only_claimed_is_not_said_to_be_learned(home: Path) -> None:
+    command = [sys.executable, "-c", MAIN, "--home", str(home), "chat"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, **pipes) as one:
+        assert one.stdin and one.stderr
+        one.stdin.write(b"one\n/good\n")
+        one.stdin.flush()
+        assert one.stderr.readline().startswith(b"kept for the next night")
+        with Store(home / "replay.db") as store:
+            store.claim([row.id for row in store.rows("pending")], 1)
+        assert one.communicate(b"/undo\n", timeout=DEADLINE_S)[1] == b"taken back\n"
+
+
 def test_each_answer_is_an_object_with_json(home: Path) -> None:
     code, out, _ = pipe(home, b"one\n/status\ntwo\n", "--json")
     first, status, second = (json.loads(line) for line in out.splitlines())

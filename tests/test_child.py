@@ -1,6 +1,6 @@
 """Stages in real child processes: results, progress, and every way in which a child can end badly."""
 
-import sys
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from edgecl.child import Limits, run_stage
 from edgecl.errors import EdgeclError, StageError
 from edgecl_convert import GgufFile, write_gguf_adapter
 from edgecl_convert.ggml import QType
+from edgecl_convert.process import run_python
 
 pytestmark = pytest.mark.alone
 
@@ -57,12 +58,14 @@ def test_a_stage_returns_its_result_and_its_peak_memory_and_reports_progress(bas
     assert not children()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not know PYTHONSAFEPATH")
 def test_a_file_of_the_users_folder_is_no_module(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("random", "numpy", "gguf"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the folder')")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}/nowhere")  # its empty first path is the folder, too
     assert run_stage("merge", request(base, tmp_path / "out.gguf"), PLENTY)[0]["model_bytes"]
+    assert run_python("import random, numpy, sys; print(sys.argv[1])", "read").stdout == b"read\n"
 
 
 def test_a_watch_that_fails_ends_its_stage(slow_base: Path, tmp_path: Path) -> None:

@@ -281,6 +281,7 @@ def test_models_that_cannot_be_used_are_refused_at_init(tmp_path: Path, base: Pa
             data.replace(b"\x05\0\0\0\0\0\0\0llama\x07", b"\x05\0\0\0\0\0\0\0llama\x07").replace(b"llama", b"bloom"),
             "bloom",
         ),
+        "headless.gguf": (data.replace(b"token_embd.weight", b"other_embd.weight"), "lacks the tensor token_embd.weight"),
     }
     for name, (content, word) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -358,6 +359,15 @@ def test_two_nights_at_once_the_second_is_told_to_come_later(home: Path) -> None
     assert pending(home) == 2
 
 
+def test_history_has_the_time_of_the_clock_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Learner(home) as learner:
+        learner.store.record_night(None, False, "no gain", {"started": "2026-11-29T20:15:09+00:00"})
+        learner.store.record_night(None, False, "no gain", {"started": "of a damaged row"})
+    monkeypatch.setenv("TZ", "JST-9")
+    code, out, _ = run(home, "history")
+    assert code == 0 and [line[:16] for line in out.splitlines()[::2]] == ["2026-11-30 05:15", "of a damaged row"]
+
+
 def test_a_misspelt_setting_is_an_error(home: Path) -> None:
     config = home / "edgecl.toml"
     config.write_text(config.read_text().replace("max_drop", "max_dorp"))
@@ -391,6 +401,11 @@ def test_merge_and_convert(tmp_path: Path, base: Path) -> None:
     write_gguf_adapter(tmp_path / "b.gguf", adapter)
     code, _, error = run(tmp_path, "merge", base, tmp_path / "b.gguf", tmp_path / "new.gguf")
     assert code == 1 and one_line(error, "trained on") and not (tmp_path / "new.gguf").exists()
+    options = ("--quant", "Q4_K", "--force")
+    code, out, _ = run(tmp_path, "merge", base, tmp_path / "a.gguf", tmp_path / "out.gguf", *options, "--json")
+    assert code == 0 and ["Q4_K needs rows" in note for note in json.loads(out)["notes"]] == [True]
+    code, out, error = run(tmp_path, "merge", base, tmp_path / "a.gguf", tmp_path / "out.gguf", *options)
+    assert code == 0 and "survives" in out and one_line(error, "Q4_K needs rows")
     code, out, _ = run(tmp_path, "convert", base, tmp_path / "q4.gguf", "--quant", "Q4_0", "--json")
     assert code == 0 and json.loads(out)["model_bytes"] < base.stat().st_size / 3
     code, _, error = run(tmp_path, "convert", base, tmp_path / "x.gguf", "--quant", "Q9")

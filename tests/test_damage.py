@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from edgecl import Learner
 from edgecl.cli import cli
 from edgecl.cli.output import print_json, safe
 from edgecl.engine import Engine
-from edgecl.errors import GenerationError, NothingToLearn, StageError, StoreError
+from edgecl.errors import GenerationError, NothingToLearn, SettingError, StageError, StoreError
 from edgecl.generations import check_files
+from edgecl.lock import night_lock
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.writers import Writers
 from tests import tiny
@@ -209,15 +211,29 @@ def test_a_damaged_asker_asks_nothing_and_a_damaged_adapter_teaches_nothing(tmp_
         assert writers() == [(None, None)]
 
 
-def test_a_base_of_another_name_is_refused(home: Path, tmp_path: Path) -> None:
-    other, config = tiny.build(tmp_path / "other.gguf", seed=1)[0], home / "edgecl.toml"
+def name_base(home: Path, base: Path) -> None:
     with Learner(home) as learner:
-        config.write_text(config.read_text().replace(learner.settings.base, str(other)))
+        before = learner.settings.base
+    config = home / "edgecl.toml"
+    config.write_text(config.read_text().replace(before, str(base)))
+
+
+def test_another_base_is_refused(home: Path, tmp_path: Path) -> None:
+    name_base(home, tiny.build(tmp_path / "other.gguf", seed=1)[0])
     with Learner(home) as learner:
         learner.observe(rows(1, first=50))
         for attempt in (lambda: learner.ask("say 1", 2), lambda: learner.adapt()):
-            with pytest.raises(GenerationError, match=r"names the base .*other\.gguf, it was .*tiny\.gguf at init"):
+            with pytest.raises(GenerationError, match=r"other\.gguf has sha256 .*, it was .* at init"):
                 attempt()
+
+
+def test_a_base_that_was_moved_serves_once_edgecl_toml_names_it(home: Path, made: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copy(made.parent / "tiny.gguf", tmp_path / "moved.gguf"))
+    name_base(home, moved)
+    with Learner(home) as learner:
+        learner.ask("say 1", 2)
+        assert learner.rollback(0).model == moved
+        learner.ask("say 1", 2)
 
 
 def test_a_model_whose_path_is_not_utf8_is_loaded(home: Path, tmp_path: Path) -> None:
@@ -274,6 +290,15 @@ def test_a_home_made_anew_has_nothing_of_the_old_one_and_a_lock_empties_no_file(
     with Learner.init(base, home, force=True) as learner, pytest.raises(NothingToLearn):
         learner.adapt()
     assert not (home / "runs").exists() and (tmp_path / "precious").read_text() == "kept"
+
+
+def test_a_disk_that_locks_no_files_is_not_taken_for_another_night(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(SettingError, match=r"lock: cannot be locked: No locks available; move .* to a disk"), night_lock(home):
+        pass
 
 
 def test_half_files_of_nights_that_died_are_removed(home: Path) -> None:

@@ -4,15 +4,20 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 
 import numpy as np
 import pytest
 import torch
-from tiny import END, N_VOCAB, START, Tiny, build, random_adapter, random_tokens, torch_model, write_model
+from parrot import write_parrot
+from tiny import END, N_VOCAB, START, Tiny, add_vocab, build, random_adapter, random_tokens, torch_model, write_model
 
+from edgecl.data import parse_example
 from edgecl.engine import GGML_TYPE_F32, Engine, Row, VocabFile, fitted, latency, likeliest_in, read_prose, score
 from edgecl.errors import EngineError
+from edgecl.stages import is_right
+from edgecl.template import chat_format
 from edgecl_convert import GgufFile, write_gguf_adapter
 
 SHARED = random_tokens(10, seed=50)
@@ -24,7 +29,7 @@ def open_engine(path, adapter=None, **options) -> Engine:
     return Engine(path, adapter, **{"n_ctx": 512, "n_threads": 1, "kv_type": GGML_TYPE_F32} | options)
 
 
-def build_talker(path, architecture: str):
+def build_talker(path, architecture: str, add_bos: bool = False):
     """Build a model that ends its turns: the row of <|im_end|> in its head is three times as long as the others."""
     tiny = Tiny(architecture)
     model = torch_model(tiny)
@@ -32,7 +37,7 @@ def build_talker(path, architecture: str):
         if architecture == "gemma3":  # its head is its embedding: with a large one it repeats the last token for ever
             model.lm_head.weight *= 0.2
         model.lm_head.weight[END] *= 3
-    return write_model(path, model, tiny)
+    return write_model(path, model, tiny, partial(add_vocab, add_bos=add_bos))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,7 @@ def paths(tmp_path_factory):
     """Models and adapters by name: llama, gemma3, other (llama), adapter (for llama), wide (another base) and its adapter."""
     folder = tmp_path_factory.mktemp("engine")
     out = {name: build_talker(folder / f"{name}.gguf", name) for name in ("llama", "gemma3")}
+    out["llama_bos"] = build_talker(folder / "llama_bos.gguf", "llama", add_bos=True)
     out["other"], _ = build(folder / "other.gguf", seed=7)
     out["wide"], _ = build(folder / "wide.gguf", width=128)
     for name, base in (("adapter", "llama"), ("gemma3_adapter", "gemma3"), ("wide_adapter", "wide")):
@@ -69,15 +75,19 @@ def make_rows(engine: Engine, n: int = 12) -> list[Row]:
         answer = greedy(engine, prompt, 8 if i % 4 == 1 else 40)
         if i % 4 == 2:
             answer = [*answer[: len(answer) // 2], 65, 66, END]
-        rows.append(Row(prompt, [70, 71, 72, END] if i % 4 == 3 else answer))
+        rows.append(Row(prompt, [70, 71, 72, END] if i % 4 == 3 else answer, EXTRA if i % 3 else 4 * EXTRA))
     return rows
+
+
+def text_of(engine: Engine, tokens: list[int]) -> str:
+    return engine.vocab.text_of(tokens, is_indented=True)
 
 
 def plain_score(engine: Engine, row: Row) -> tuple[str, float]:
     """Return what `score` must give, from `generate` and `logits` alone."""
-    text = engine.vocab.text_of(list(engine.generate(row.prompt, len(row.answer) + EXTRA)))
-    if engine.vocab.text_of(greedy(engine, row.prompt, len(row.answer))) == engine.vocab.text_of(row.answer):
-        text = engine.vocab.text_of(row.answer)  # right: nothing is decoded after the wanted answer
+    text = text_of(engine, list(engine.generate(row.prompt, len(row.answer) + row.extra_tokens)))
+    if text_of(engine, greedy(engine, row.prompt, len(row.answer))) == text_of(engine, row.answer):
+        text = text_of(engine, row.answer)  # right: nothing is decoded after the wanted answer
     logits = torch.from_numpy(engine.logits(row.prompt + row.answer)).double()
     where = torch.arange(len(row.prompt) - 1, len(row.prompt) + len(row.answer) - 1)
     return text, float(torch.nn.functional.cross_entropy(logits[where], torch.tensor(row.answer)))
@@ -91,14 +101,14 @@ def test_score_equals_decoding_row_by_row_however_rows_are_batched(paths, archit
     with open_engine(paths[architecture], adapter and paths[adapter]) as engine:
         rows = make_rows(engine)
         wanted = [plain_score(engine, row) for row in rows]
-        right = [text == engine.vocab.text_of(row.answer) for (text, _), row in zip(wanted, rows, strict=True)]
+        right = [text == text_of(engine, row.answer) for (text, _), row in zip(wanted, rows, strict=True)]
     assert 4 <= sum(right) <= 8  # both kinds
     assert any(row.answer[-1] == END for row in compress(rows, right))
     for options in ({"n_seq": 1}, {"n_seq": 3}, {"n_seq": 16}, {"n_seq": 16, "n_ctx": 256, "n_batch": 24}):
         with open_engine(paths[architecture], adapter and paths[adapter], **options) as engine:
             for order in (range(len(rows)), reversed(range(len(rows)))):
                 indices = list(order)
-                scores = list(score(engine, [rows[i] for i in indices], EXTRA))
+                scores = list(score(engine, [rows[i] for i in indices]))
                 for i, got in zip(indices, scores, strict=True):
                     assert got.text == wanted[i][0]
                     assert got.loss_nats == pytest.approx(wanted[i][1], abs=1e-3)
@@ -114,10 +124,43 @@ def test_score_with_the_cache_that_serves(paths):
 
 def test_wrong_answer_is_cut_some_tokens_after_the_wanted_one(paths):
     with open_engine(paths["other"]) as engine:  # a model that does not end its turns
-        row = Row(SHARED, [70, END])
-        short, long = (next(score(engine, [row], extra)).text for extra in (3, 9))
-        assert long.startswith(short) and short == engine.vocab.text_of(greedy(engine, SHARED, 5))
-        assert long == engine.vocab.text_of(greedy(engine, SHARED, 11))
+        short, long = (next(score(engine, [Row(SHARED, [70, END], extra)])).text for extra in (3, 9))
+        assert long.startswith(short) and short == text_of(engine, greedy(engine, SHARED, 5))
+        assert long == text_of(engine, greedy(engine, SHARED, 11))
+
+
+def test_long_answers_are_not_more_than_the_cache_holds(paths):
+    with open_engine(paths["other"], n_ctx=256) as engine:
+        rows = [fitted(Row([*SHARED, 65 + i], [70, END]), engine.n_ctx, is_free=True) for i in range(4)]
+        texts = [one.text for one in score(engine, rows)]
+        assert texts == [plain_score(engine, row)[0] for row in rows]
+
+
+def scored_parrot(path, record: dict, says: str):
+    """Return the example of a record, and what `score` takes down of a model that says one thing, without room and with it."""
+    example = parse_example(record)
+    with GgufFile(write_parrot(path, says)) as base, open_engine(path) as engine:
+        row = Row(*chat_format(base, engine.vocab).row(example))
+        rows = [fitted(row, engine.n_ctx), fitted(row, engine.n_ctx, example.is_free)]
+        return example, *(one.text for one in score(engine, rows))
+
+
+def test_a_way_to_the_right_number_is_not_cut(tmp_path):
+    says = "bcdfgjklmopqrstuvwxyz: 7"
+    example, cut, whole = scored_parrot(tmp_path / "m.gguf", {"prompt": "How many?", "completion": "7", "final": 7}, says)
+    assert cut == says[: 2 + EXTRA] and not is_right(example, cut)
+    assert whole == says and is_right(example, whole)
+    other, cut, same = scored_parrot(tmp_path / "n.gguf", {"prompt": "How many?", "completion": "7"}, says)
+    assert cut == same == says[: 2 + EXTRA] and not is_right(other, says)  # here the words count
+
+
+def test_the_rest_of_a_function_keeps_its_indentation(tmp_path):
+    record = {
+        "messages": [{"role": "user", "content": "Complete it."}, {"role": "assistant", "content": "\tyield 3"}],
+        "prompt": "def f():\n", "test": "def check(g):\n    assert list(g()) == [3]", "entry_point": "f",
+    }  # fmt: skip
+    example, _, text = scored_parrot(tmp_path / "m.gguf", record, "\tyield 3")
+    assert text == "\tyield 3" and is_right(example, text)
 
 
 def test_score_of_nothing_and_of_one_prompt_that_begins_another(engine):
@@ -129,15 +172,17 @@ def test_score_of_nothing_and_of_one_prompt_that_begins_another(engine):
         assert one == replace(other, loss_nats=pytest.approx(other.loss_nats, abs=1e-4))
 
 
-def test_prose_is_read_as_a_computation_by_hand_reads_it(paths, monkeypatch):
+@pytest.mark.parametrize(("name", "before"), [("llama", []), ("llama_bos", [START])])
+def test_prose_is_read_as_a_computation_by_hand_reads_it(paths, monkeypatch, name, before):
     monkeypatch.setattr("edgecl.engine.prose.WINDOW", 40)
     monkeypatch.setattr("edgecl.engine.prose.N_WINDOWS", 3)
     log_p = {}
-    with open_engine(paths["llama"]) as base, open_engine(paths["llama"], paths["adapter"]) as adapted:
+    with open_engine(paths[name]) as base, open_engine(paths[name], paths["adapter"]) as adapted:
         tokens = base.vocab.encode(TEXT)
         assert len(tokens) > 3 * 40
         for engine in (base, adapted):
-            logits = np.concatenate([engine.logits(tokens[i : i + 40])[:-1] for i in (0, 40, 80)]).astype(np.float64)
+            windows = [engine.logits([*before, *tokens[i : i + 40]])[len(before) : -1] for i in (0, 40, 80)]
+            logits = np.concatenate(windows).astype(np.float64)
             log_p[engine] = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         targets = [token for i in (0, 40, 80) for token in tokens[i + 1 : i + 40]]
         nats = -np.mean([row[target] for row, target in zip(log_p[adapted], targets, strict=True)])
@@ -255,6 +300,9 @@ def test_a_row_longer_than_the_context_is_scored_by_what_fits(paths):
     with open_engine(paths["llama"], n_ctx=256, n_seq=2) as engine:
         rows = [fitted(row, engine.n_ctx) for row in (long, talkative, short)]
         assert rows == [Row(long.prompt[-242:], long.answer), Row(SHARED[-1:], talkative.answer[:243]), short]
+        assert [fitted(row, engine.n_ctx, True) for row in (long, talkative)] == rows[:2]  # no room is made for other words
+        assert fitted(short, engine.n_ctx, True) == replace(short, extra_tokens=128)
+        assert fitted(short, 100, True) == replace(short, extra_tokens=88)
         scores = list(score(engine, rows))
         assert scores[2] == next(score(engine, [short]))
         assert [one.n_tokens for one in scores] == [2, 243, 2]
@@ -328,10 +376,13 @@ def test_vocabulary_of_the_file(paths, engine):
     assert b"".join(map(vocab.piece, ids)).decode() == "user\nthe é in ☃\n"  # control tokens have no text
     assert vocab.text_of(ids) == "user\nthe é in ☃"
     assert vocab.text_of([*vocab.encode(" a "), END, *vocab.encode("b")]) == "a"
+    assert vocab.text_of(vocab.encode(" a "), is_indented=True) == " a"
     assert vocab.is_end(END) and not vocab.is_end(START) and not vocab.is_end(65)
     assert vocab.text_of(vocab.encode("☃")[:1]) == "\N{REPLACEMENT CHARACTER}"
     with VocabFile(paths["llama"]) as alone:
-        assert alone.encode(text) == ids and alone.bos is None
+        assert alone.encode(text) == ids and alone.bos is None and alone.with_bos([65]) == [65]
+    with VocabFile(paths["llama_bos"]) as alone:
+        assert alone.with_bos([65]) == [START, 65]
 
 
 def test_latency_reports_every_figure(engine):

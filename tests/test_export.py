@@ -464,6 +464,18 @@ def test_convert_takes_a_folder(chat_folder, tmp_path):
     assert code == 1 and "has no model.safetensors" in error and error.count("\n") == 1
 
 
+def test_what_a_folder_calls_its_tokens_prints_no_control_code(chat_folder, tmp_path):
+    path = chat_folder / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    beyond = json.loads((chat_folder / "config.json").read_text())["vocab_size"]
+    data["added_tokens"].append(data["added_tokens"][0] | {"id": beyond, "content": "\x1b[2J"})
+    path.write_text(json.dumps(data), "utf-8")
+    code, _, error = edgecl("convert", chat_folder, tmp_path / "out.gguf", "--quant", "F32", "--verify")
+    assert code == 0 and "\x1b" not in error
+    said = "\ufffd[2J and other added tokens beyond config.vocab_size are left out: the model has no row for them"
+    assert error.splitlines() == [said, f"note: {said}"]
+
+
 def test_init_keeps_its_own_conversion_of_a_folder(chat_folder, tmp_path):
     code, text, error = edgecl("--home", tmp_path / "home", "init", chat_folder, "--json")
     assert code == 0, error

@@ -22,7 +22,7 @@ from edgecl.engine import GGML_TYPE_F32, Engine
 from edgecl.errors import EdgeclError, GenerationError, SettingError
 from edgecl.export import base_name, export
 from edgecl.generations import Manifest, now, sha256_file
-from edgecl_convert import GgufFile, merge, resolve_quant, write_gguf_adapter, write_peft_adapter
+from edgecl_convert import GgufFile, merge, read_gguf_adapter, read_peft_adapter, resolve_quant, write_gguf_adapter
 from tests import tiny
 
 IDS = [tiny.START, *tiny.random_tokens(12)]
@@ -35,7 +35,6 @@ def publish(learner: Learner, quant: str) -> None:
     with GgufFile(learner.settings.base) as base:
         adapter = tiny.random_adapter(base, seed=number, size=0.3)
         write_gguf_adapter(draft / "adapter.gguf", adapter)
-        write_peft_adapter(draft / "adapter", adapter, base)
         qtype = resolve_quant(quant or "F16", base, learned=True)
         name = f"model-{quant if qtype.startswith('keep') else qtype}.gguf" if quant else ""
         if name:
@@ -87,6 +86,15 @@ def test_llama_cpp_and_peft_open_the_same_model(learner: Learner, tmp_path: Path
         after = PeftModel.from_pretrained(model, tmp_path / "out/peft").eval()(torch.tensor([IDS])).logits[0].numpy()
     np.testing.assert_allclose(served(tmp_path / "out/gguf/model.gguf"), after, atol=1e-2)
     assert np.abs(after - before).max() > 1
+
+
+def test_a_peft_folder_has_the_numbers_that_llama_cpp_has(learner: Learner, tmp_path: Path) -> None:
+    export(learner, "peft", tmp_path / "out", 2)
+    wanted = read_gguf_adapter(learner.generations.load(2).folder / "adapter.gguf")
+    with GgufFile(learner.settings.base) as base:
+        found = read_peft_adapter(tmp_path / "out", base)
+    assert (found.lora_alpha, found.pairs.keys()) == (wanted.lora_alpha, wanted.pairs.keys())
+    assert all((a == b).all() for name in wanted.pairs for a, b in zip(found.pairs[name], wanted.pairs[name], strict=True))
 
 
 def test_ollama_gets_a_model_and_a_modelfile(learner: Learner, tmp_path: Path) -> None:
@@ -178,7 +186,7 @@ def test_folders_that_cannot_be_used(learner: Learner, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("to", "number", "name"),
-    [("gguf", 1, "model-F32.gguf"), ("gguf", 2, "adapter.gguf"), ("peft", 1, "adapter/adapter_model.safetensors")],
+    [("gguf", 1, "model-F32.gguf"), ("gguf", 2, "adapter.gguf"), ("peft", 1, "adapter.gguf")],
 )
 def test_what_differs_from_its_manifest_is_not_handed_on(
     to: str, number: int, name: str, learner: Learner, tmp_path: Path
@@ -190,10 +198,10 @@ def test_what_differs_from_its_manifest_is_not_handed_on(
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(("to", "name"), [("gguf", "adapter.gguf"), ("peft", "adapter/adapter_config.json")])
-def test_what_is_gone_is_one_line(to: str, name: str, learner: Learner, tmp_path: Path) -> None:
-    (learner.generations.load(2).folder / name).unlink()
-    with pytest.raises(EdgeclError, match=r"is gone|has no adapter_config\.json"):
+@pytest.mark.parametrize("to", ["gguf", "peft"])
+def test_what_is_gone_is_one_line(to: str, learner: Learner, tmp_path: Path) -> None:
+    (learner.generations.load(2).folder / "adapter.gguf").unlink()
+    with pytest.raises(EdgeclError, match=r"adapter\.gguf is gone"):
         export(learner, to, tmp_path / "out", 2)
 
 

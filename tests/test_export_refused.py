@@ -49,6 +49,9 @@ def refusal(folder: Path, quant: str = "Q8_0") -> str:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a number above 0, got -1e-05"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a number above 0, got Infinity"),
+        ({"rms_norm_eps": 1e-50}, "rms_norm_eps must be a number above 0, got 1e-50; allowed: 1.2e-38 to 3.4e38"),
+        ({"rope_parameters": {"rope_theta": 1e39}}, r"rotary rope_theta must be a number above 0, got 1e\+39; allowed"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rotary rope_theta must be a number above 0, got 10{59}; allowed"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported: allowed: silu'),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},

@@ -28,14 +28,21 @@ def reasons(*results: TaskResult, prose: float = 0.1, **settings: float) -> list
         (OLD, None),
         (NEW, None),
         (SMALL, None),
-        # an earlier task is worse only if accuracy fell beyond the tolerance and loss rose beyond chance
+        # an earlier task is worse only if accuracy fell beyond the tolerance, and it fell or the loss rose beyond chance
         (
             replace(OLD, accuracy_after=0.6, loss_low=0.2, loss_high=0.9),
             "maths: accuracy fell from 90% to 60% on 40 rows, 10% is",
         ),
         (replace(OLD, accuracy_after=0.6), None),
-        (replace(OLD, accuracy_after=0.82, loss_low=0.2, loss_high=0.9), None),
+        (replace(OLD, accuracy_after=0.6, right_low=-0.6, right_high=0.0), None),
+        (replace(OLD, accuracy_after=0.82, loss_low=0.2, loss_high=0.9, right_low=-0.2, right_high=-0.01), None),
+        (replace(OLD, accuracy_before=0.8, accuracy_after=0.7, loss_low=0.2), None),  # 10 points are not more than 10
         (replace(OLD, accuracy_after=0.5, loss_low=-0.9, loss_high=-0.1), None),
+        (
+            replace(OLD, accuracy_after=0.5, loss_low=-0.9, loss_high=-0.1, right_low=-0.6, right_high=-0.2),
+            "maths: accuracy fell from 90% to 50% on 40 rows, 10% is",
+        ),
+        (replace(OLD, n_rows=FEW - 1, accuracy_after=0.0, right_low=-1.0, right_high=-0.5), None),
         (replace(OLD, kind="replay", accuracy_after=0.0, loss_low=1.0), "maths: accuracy fell from 90% to 0%"),
         (replace(OLD, accuracy_after=0.6, loss_low=NAN, loss_high=NAN), "maths: accuracy fell"),
         (replace(OLD, n_rows=FEW, accuracy_after=0.6, loss_low=0.2), "maths: accuracy fell from 90% to 60% on 6 rows"),
@@ -122,6 +129,7 @@ def test_results_are_paired_row_by_row() -> None:
     assert (result.n_rows, result.accuracy_before, result.accuracy_after) == (4, 0.5, 0.75)
     assert (result.loss_before, result.loss_after) == (2.5, 2.0)
     assert (result.loss_change, result.loss_low, result.loss_high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert (result.right_low, result.right_high) == pytest.approx((-0.5, 1.0))  # two for the better, one for the worse
 
 
 def test_the_cost_of_another_rows_answer_is_paired_too() -> None:
@@ -149,3 +157,10 @@ def test_noise_on_few_rows_is_not_a_drop_and_a_real_loss_is() -> None:
     unlucky = [(False, 0.9), (False, 0.2), (True, 0.1), (False, 0.8), *[(True, 0.5)] * 6]
     assert not reasons(TaskResult.paired("t", "heldout", False, before, unlucky))
     assert reasons(TaskResult.paired("t", "heldout", False, before, [(False, 2.5)] * 8 + [(True, 0.6)] * 2))
+
+
+def test_a_collapse_that_the_loss_of_the_wanted_words_does_not_show_is_a_drop() -> None:
+    before, after = [(True, 0.5)] * 32, [(False, 0.4)] * 16 + [(True, 0.5)] * 16
+    (reason,) = reasons(TaskResult.paired("sums", "heldout", False, before, after))
+    assert reason.startswith("sums: accuracy fell from 100% to 50% on 32 rows")
+    assert not reasons(TaskResult.paired("sums", "heldout", False, before[:FEW], after[14:20])), "two of six may be chance"

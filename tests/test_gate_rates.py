@@ -14,8 +14,10 @@ def answers(records: list[dict[str, Any]]) -> list[str]:
     return [record["messages"][1]["content"] for record in records]
 
 
-def test_shuffled_answers_are_those_of_the_task_in_other_places() -> None:
-    right, wrong = gate_rates.rows("math", 0), gate_rates.shuffled(0)
+@pytest.mark.parametrize("task", ["math", "home"])
+def test_shuffled_answers_are_those_of_the_task_in_other_places(task: str) -> None:
+    right = gate_rates.rows(task, 0)
+    wrong = gate_rates.shuffled(right, 0)
     assert [row["messages"][0] for row in right] == [row["messages"][0] for row in wrong]
     assert Counter(answers(right)) == Counter(answers(wrong))
     assert sum(a == b for a, b in zip(answers(right), answers(wrong), strict=True)) < len(right) / 4

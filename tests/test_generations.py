@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from edgecl.errors import GenerationError
 from edgecl.generations import Generations, Manifest, now, sha256_file
+from edgecl.profile import Settings
 
 BASE = b"the base's weights"
 
 
-def home_with_base(home: Path) -> Generations:
-    """A home whose base is a small file beside it."""
-    base = home.parent / "base.gguf"
+def home_with_base(home: Path, base: Path | None = None) -> Generations:
+    """A home whose base is a small file, beside it where no other place is named."""
+    base = base or home.parent / "base.gguf"
     base.write_bytes(BASE)
     stat = base.stat()
     generations = Generations(home)
@@ -295,3 +296,50 @@ def test_a_home_may_be_copied_whole(generations: Generations, tmp_path: Path) ->
     publish(generations)
     shutil.copytree(generations.home, tmp_path / "copy", symlinks=True)
     assert publish(Generations(tmp_path / "copy")) == 2 and generations.numbers() == [0, 1]
+
+
+def naming(generations: Generations, base: Path) -> Generations:
+    """The same home, whose edgecl.toml names a base."""
+    (generations.home / "edgecl.toml").write_text(Settings(base=str(base)).to_toml())
+    return Generations(generations.home)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_base_may_be_moved_where_edgecl_toml_says_so_and_no_other_file_takes_its_place(
+    generations: Generations, tmp_path: Path, full: bool
+) -> None:
+    publish(generations, merged=False)
+    moved = Path(generations.load(0).manifest.model).rename(tmp_path / "moved.gguf")
+    with pytest.raises(GenerationError, match=r"is gone .*; put it back, or set `base` in .*edgecl\.toml to where it is now"):
+        generations.check_base(full)
+    found = naming(generations, moved)
+    found.check_base(full)
+    assert found.load(0).model == found.load(1).model == moved
+    other = tmp_path / "other.gguf"
+    other.write_bytes(BASE.upper())
+    shutil.copystat(moved, other)
+    with pytest.raises(GenerationError, match=r"other\.gguf has sha256 .*, it was .* at init"):
+        naming(generations, other).check_base(full)
+
+
+def test_a_base_that_was_moved_is_hashed_once(generations: Generations, tmp_path: Path) -> None:
+    moved = Path(generations.load(0).manifest.model).rename(tmp_path / "moved.gguf")
+    os.utime(moved, (1, 1))
+    naming(generations, moved).check_base(full=False)
+    moved.write_bytes(BASE.upper())
+    os.utime(moved, (1, 1))
+    Generations(generations.home).check_base(full=False)
+    with pytest.raises(GenerationError, match="has sha256"):
+        Generations(generations.home).check_base(full=True)
+
+
+def test_a_base_that_lies_in_the_home_moves_with_it(tmp_path: Path) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    publish(naming(home_with_base(home, home / "base-F16.gguf"), home / "base-F16.gguf"), merged=False)
+    home.rename(elsewhere)
+    home.mkdir()
+    (home / "base-F16.gguf").write_bytes(b"of a home that was made where this one was")
+    moved = Generations(elsewhere)
+    moved.check_base(full=True)
+    assert moved.load(0).model == moved.current().model == elsewhere / "base-F16.gguf"

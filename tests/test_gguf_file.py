@@ -172,6 +172,7 @@ MALFORMED = {
     "shape that overflows to its size": (raw([], [tensor("w", (2**63, 2, 1, 32))]), "impossible shape"),
     "rows that do not fill blocks": (raw([], [tensor("w", (33,), Q8_0)]), "33 weights do not fit Q8_0"),
     "unknown tensor type": (raw([], [tensor("w", qtype=4)]), "unknown type 4"),
+    "a part of a model": (raw([encode_field("split.count", 3)], []), "one of 3 parts of a model; join them with llama-gguf"),
     "huge tensor count": (b"GGUF" + struct.pack("<IQQ", 3, 2**62, 0) + bytes(99), "claims 4611686018427387904 tensors"),
     "huge field count": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**64 - 1) + bytes(99), "18446744073709551615 fields"),
 } | {
@@ -184,6 +185,13 @@ MALFORMED = {
 def test_a_malformed_file_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
     content, expected = MALFORMED[case]
     assert re.search(expected, refusal(tmp_path / "m.gguf", content))
+
+
+@pytest.mark.parametrize("count", [0, 1])  # 0: what llama-gguf-split --merge leaves
+def test_a_model_that_was_split_and_is_whole_is_read(count: int, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(raw([encode_field("split.count", count)], [tensor("a")]))
+    with GgufFile(tmp_path / "m.gguf") as model:
+        assert list(model.tensors) == ["a"]
 
 
 def test_the_parts_of_those_files_are_sound_on_their_own(tmp_path: Path) -> None:

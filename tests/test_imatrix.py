@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel, P
 
 from edgecl_convert import ConvertError, GgufError, GgufFile, HfModel, Imatrix, Source, UnsupportedError, measure, merge
 from edgecl_convert.ggml import F32Array, QType, quantize
-from edgecl_convert.gguf_file import PlannedTensor, encode_field, write_gguf
+from edgecl_convert.gguf_file import PlannedTensor, copied_fields, encode_field, write_gguf
 from edgecl_convert.imatrix import CHUNK_TOKENS, read_or_measure
 from edgecl_convert.names import gguf_names
 
@@ -177,6 +177,21 @@ def test_tensors_that_it_lacks_are_quantized_without_it_and_said(base_path: Path
             np.testing.assert_array_equal(out.blocks(name), quantize(base.weights(name), QType.Q4_K))
     assert [note for note in report.notes if "matrix lacks" in note and note.endswith("...")] == report.notes
     assert whole.notes == []
+
+
+def test_the_matrix_that_a_source_was_quantized_with_is_not_said_of_what_is_quantized_now(
+    base_path: Path, tmp_path: Path
+) -> None:
+    said = {"quantize.imatrix.file": "theirs.gguf", "quantize.imatrix.entries_count": 14}
+    with GgufFile(base_path) as base:
+        fields = [*copied_fields(base), *(encode_field(key, value) for key, value in said.items())]
+        plan = [PlannedTensor(info.name, info.shape, info.qtype) for info in base.tensors.values()]
+        write_gguf(tmp_path / "source.gguf", fields, plan, (base.blocks(name) for name in base.tensors))
+    with GgufFile(tmp_path / "source.gguf") as source:
+        for quant, kept in (("keep", said), ("Q4_K", {})):
+            merge(source, None, tmp_path / "out.gguf", quant)
+            with GgufFile(tmp_path / "out.gguf") as out:
+                assert {key: out.get(key) for key in out.keys if "imatrix" in key} == kept
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,22 @@ def test_verdicts_follow_the_rows(cells: Path, data: Path, monkeypatch: pytest.M
     assert capsys.readouterr().out.count("\n") == 2 + len(found["verdicts"])
 
 
+def test_a_row_counts_once_at_however_many_shares_it_was_measured() -> None:
+    rng = np.random.default_rng(0)
+    rows = {arm: {task: "".join(map(str, rng.integers(0, 2, N_ROWS))) for task in TASKS} for arm in verdicts.ARMS}
+
+    def found(shares: list[float]) -> list[verdicts.Verdict]:
+        cells = [cell(arm, share, 0) for arm in rows for share in shares]
+        for one in cells:
+            one["rows"] = [{task: {"right": right} for task, right in rows[one["precision"]].items()}] * 3
+        grid, usable = verdicts.Grid(cells), dict.fromkeys(range(3), True)
+        return [*verdicts.later_tasks(grid, usable), *verdicts.balance(grid), *verdicts.less_replay(grid, usable)]
+
+    once, often = found([0.02]), found([0.001, 0.02, 0.05])
+    assert [(v.gap, v.low, v.high) for v in often] == [pytest.approx((v.gap, v.low, v.high)) for v in once]
+    assert all(v.low < v.gap < v.high for v in once)
+
+
 def test_a_grid_without_a_whole_seed_is_refused_in_one_line(cells: Path) -> None:
     found = [json.loads(path.read_text()) for path in cells.glob("base-int4-0.1-*.json")]
     found += [json.loads(path.read_text()) for path in cells.glob("base-f16-0.05-2.json")]

@@ -10,6 +10,7 @@ from gguf_helpers import child_with_small_files, in_blocks, lora, write_model
 
 from edgecl_convert import Adapter, AdapterError, ConvertError, GgufFile, UnsupportedError, ggml, merge, update_survival
 from edgecl_convert.ggml import QType, block_size
+from edgecl_convert.gguf_file import PlannedTensor, copied_fields, write_gguf
 from edgecl_convert.grid import GRID_TYPES, WITH_MINIMUMS
 
 FLOATS = [QType.F32, QType.F16, QType.BF16]
@@ -243,8 +244,32 @@ def test_types_and_bytes_are_those_of_llama_cpp(
         for name in types:
             np.testing.assert_array_equal(ours.blocks(name), theirs.blocks(name), err_msg=name)
         assert theirs.tensors.keys() == ours.tensors.keys()
-        if quant == their_name:
-            assert ours.get("general.file_type") == theirs.get("general.file_type")
+        assert ours.get("general.file_type") == theirs.get("general.file_type")
+
+
+def test_what_llama_cpp_never_quantizes_is_what_stays(tmp_path: Path) -> None:
+    times = ("first", "w0", "v1", "a2", "g1", "decay_w2", "lerp_fused", "key", "output")
+    in_layer = ("ffn_gate_inp", "ffn_gate_tid2eid", "ssm_conv1d", "ssm_in", "shortconv.conv", "shortconv.in_proj")
+    in_layer += ("attn_rel_b", "indexer.k_proj", "altup_proj", "laurel_l", *(f"time_mix_{part}" for part in times))
+    outside = ("position_embd", "token_types", "per_layer_model_proj", "per_layer_token_embd", "v.patch_embd")
+    extra = [*(f"blk.0.{name}.weight" for name in in_layer), *(f"{name}.weight" for name in outside)]
+    with GgufFile(write_model(tmp_path / "plain.gguf", QType.F16, n_layer=1)) as plain:
+        plan = [PlannedTensor(info.name, info.shape, info.qtype) for info in plain.tensors.values()]
+        plan += [PlannedTensor(name, (2, 64), QType.F16) for name in extra]
+        blocks = [*(plain.blocks(name) for name in plain.tensors), *(np.zeros((2, 128), np.uint8) for _ in extra)]
+        path = tmp_path / "base.gguf"
+        write_gguf(path, copied_fields(plain), plan, iter(blocks))
+    theirs_path = quantized_by_llama_cpp(path, "Q8_0", pure=True)
+    with GgufFile(path) as base, GgufFile(theirs_path) as theirs, merged(base, None, tmp_path, quant="Q8_0") as ours:
+        types = {name: theirs.tensors[name].qtype.name for name in extra}
+        assert types == {name: ours.tensors[name].qtype.name for name in extra}
+        assert {name for name, qtype in types.items() if qtype == "Q8_0"} == {
+            "blk.0.ssm_in.weight",
+            "blk.0.shortconv.in_proj.weight",
+            "blk.0.time_mix_key.weight",
+            "blk.0.time_mix_output.weight",
+            "per_layer_token_embd.weight",
+        }
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

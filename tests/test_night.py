@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ import gguf
 import pytest
 from click.testing import CliRunner
 
-from edgecl import Learner, measure, night
+from edgecl import Learner, beside, measure, night
+from edgecl.child import run_stage
 from edgecl.cli import cli
 from edgecl.data import Example
 from edgecl.engine import Engine, VocabFile, write_rows
 from edgecl.engine.writing import MAX_ASKED
-from edgecl.errors import EdgeclError, NotNow
+from edgecl.errors import DataError, EdgeclError, NotNow
 from edgecl.gate import GateSettings
+from edgecl.measure import record_of
 from edgecl.places import find_model
 from edgecl.profile import ReplaySettings, TrainSettings
-from edgecl.rows import Stored
-from edgecl.stages import asked_ids, asking_row, question_of, train_row
+from edgecl.stages import asked_ids, asking_row, not_asked_tonight, question_of, train_row
 from edgecl.template import chat_format
+from edgecl.train.checkpoint import Facts, write_checkpoint
 from edgecl.writers import SMALL, base_copy, n_written
 from edgecl_convert import GgufFile, merge
 from tests import tiny
@@ -151,6 +154,54 @@ def test_an_asker_learns_what_a_chat_begins_with_and_no_more() -> None:
         assert asking_row(chats, Example((("system", "Be brief."), *two[:2]))) is None, "not what any chat begins with"
 
 
+def test_what_a_new_row_asks_is_not_rehearsed_with_what_was_answered_before() -> None:
+    with GgufFile(find_model("smollm2")) as base, VocabFile(base.path) as vocab:
+        chats = chat_format(base, vocab)
+        written = [{"asked": vocab.encode(text)} for text in ("Who?", "Who now?", "When?")]
+        corrected = record_of(Example((("user", "Who?"), ("assistant", "Mira."), ("user", "When?"), ("assistant", "Now."))))
+        other = record_of(Example((("system", "Be brief."), ("user", "When?"), ("assistant", "On Friday."))))
+        assert not_asked_tonight(chats, [corrected, other], written) == written[1:]
+
+
+def test_an_asker_that_cannot_be_trained_costs_no_night(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: list[tuple[dict[str, Any], list[Any]]]
+) -> None:
+    real = night.run_stage
+
+    def spoilt(stage: str, request: dict[str, Any], *rest: Any) -> Any:
+        if stage == "train":
+            write_checkpoint(Path(request["runs"]) / "asker.safetensors", Facts("another base", ""), {}, {})
+        return real(stage, request, *rest)
+
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(written=10), train=TRAIN) as learner:
+        with monkeypatch.context() as patched:
+            patched.setattr(night, "run_stage", spoilt)
+            adapt(learner, NIGHTS[0])
+        folder = learner.generations.current().folder
+        assert "is a checkpoint of base_sha256" in learner.history()[-1]["report"]["train"]["no_asker"]
+        adapt(learner, NIGHTS[1])
+        assert [path.name for path in learner.generations.folder.rglob("asker.gguf")] == ["asker.gguf"]
+    adapter = str(folder / "adapter.gguf")
+    assert [w["asker"] for w in requests[1][0]["writers"] if w["adapter"] == adapter] == [adapter]
+
+
+def test_an_asker_learns_no_question_of_a_row_that_the_night_did_not_learn(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
+    rows = [record_of(Example((("user", q), ("assistant", a)))) for q, a in (("anne", "left"), ("hen", "in " * 64))]
+    askers = []
+    with Learner.init(base, tmp_path / "home", train=TRAIN) as learner:
+        for new in (rows, rows[:1]):
+            runs = tmp_path / f"runs-{len(new)}"
+            runs.mkdir()
+            asker, limits = str(runs / "asker.gguf"), replace(learner.profile, n_ctx=64)
+            made = {"new": new, "settings": asdict(TRAIN), "limits": asdict(limits), "asker_gguf": asker}
+            result, _ = run_stage("train", beside._request(learner, str(runs)) | made, learner.limits(), None)
+            assert result["left_out"] == [1][: len(new) - 1] and not result["no_asker"]
+            askers.append(Path(asker).read_bytes())
+    assert askers[0] == askers[1]
+
+
 @pytest.mark.parametrize(
     ("stored", "has_amx", "is_fast", "ram_bytes", "qtype"),
     [
@@ -208,29 +259,6 @@ def test_where_nothing_is_written_there_is_no_asker(tmp_path: Path) -> None:
             adapt(learner, NIGHTS[0])
             folder = learner.generations.current().folder
         assert (folder / "asker.gguf").exists() == bool(written)
-
-
-def test_many_rows_are_measured_on_held_out_ones_and_a_few_on_themselves() -> None:
-    ids = itertools.count(1)
-
-    def rows(**counts: int) -> list[Stored]:
-        return [Stored(i := next(ids), "", Example((("user", f"{i}"),), task)) for task, n in counts.items() for _ in range(n)]
-
-    older, new, along = rows(b=5, d=2), rows(a=SMALL, b=2, c=2), rows(a=4)
-    replay = rows(a=7, b=1, c=2, d=3, e=1)
-
-    def measured(*new: Stored) -> list[tuple[str, str, bool, int]]:
-        parts = night.measured_on(new, [*along, *older], replay)
-        assert {row for part in parts for row in part.rows} <= {row.example for row in (*new, *older, *along, *replay)}
-        return [(part.task, part.kind, part.learning, len(part.rows)) for part in parts]
-
-    earlier = [("b", "heldout", False, 5), ("d", "heldout", False, 2)]
-    corrected = [("c", "learned", True, 2), ("c", "replay", False, 2), ("e", "replay", False, 1)]
-    of_b = ("b", "learned", True, 2)
-    assert sorted(measured(*new)) == sorted([("a", "heldout", True, 4), of_b, *earlier, *corrected])
-    small = [("a", "learned", True, SMALL - 4), ("a", "heldout", False, 4)]
-    assert sorted(measured(*new[4:])) == sorted([*small, of_b, *earlier, *corrected])
-    assert sorted(measured()) == sorted([("a", "heldout", False, 4), *earlier, corrected[1], corrected[2]])
 
 
 def test_what_was_rolled_back_is_not_rehearsed_and_what_was_learned_before_is_measured(tmp_path: Path) -> None:
@@ -315,6 +343,30 @@ def test_rows_that_training_had_no_time_for_wait_for_the_next_night(tmp_path: Pa
         assert learner.adapt(gate="report").accepted and not learner.store.rows("pending")
 
 
+def test_rows_of_which_none_fits_are_set_aside(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf")[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(written=0), train=TRAIN) as learner:
+        learner.profile = replace(learner.profile, n_ctx=64)
+        learner.observe([json.dumps({"prompt": "anne", "completion": "left " * 64})])
+        with pytest.raises(DataError, match="none of 1 rows has an answer that fits into 64 tokens; they are set aside"):
+            learner.adapt()
+        assert not learner.store.rows("pending") and len(learner.store.rows("archive")) == 1
+        assert "fits into 64 tokens" in learner.history()[-1]["reason"]
+
+
+def test_a_full_disk_is_in_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    base = tiny.build(tmp_path / "tiny.gguf")[0]
+    with Learner.init(base, tmp_path / "home", replay=ReplaySettings(written=0), train=TRAIN) as learner:
+        learner.observe([json.dumps({"prompt": "anne", "completion": "left"})])
+        with monkeypatch.context() as patched, pytest.raises(EdgeclError, match="No space left on device"):
+            patched.setattr(night, "run_stage", full)
+            learner.adapt()
+        assert "No space left" in learner.history()[-1]["reason"] and len(learner.store.rows("pending")) == 1
+
+
 def test_a_merged_file_is_measured_also_where_the_base_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, measured = measure.run_stage, []
 
@@ -355,18 +407,6 @@ def test_a_night_that_was_killed_once_it_was_published_is_in_the_history(
 
 def _killed(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:
-    rows = [Example((("user", q), ("assistant", a)), final=a) for q, a in (("1", "x"), ("2", "x"), ("3", "y"))]
-    pairs = night.swapped(rows)
-    assert [own for own, _ in pairs] == rows
-    assert [(other.messages[0][1], other.answer, other.final) for _, other in pairs] == [
-        ("1", "y", None),
-        ("2", "y", None),
-        ("3", "x", None),
-    ]
-    assert night.swapped(rows[:2]) == []
 
 
 @pytest.mark.parametrize("belong", [True, False])

@@ -202,6 +202,44 @@ def test_rows_that_were_written_for_another_night_are_not_used(home: Path, monke
     assert kept[0] != kept[1] == kept[2]
 
 
+def test_what_is_observed_between_two_sittings_waits_for_the_next_night(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Learner(home) as learner:
+        with monkeypatch.context() as patch:
+            Sitting(learner, "merge", patch).run()
+        learner.observe([json.dumps({"prompt": "in tea", "completion": "right"})])
+        report = learner.adapt()
+        assert report.accepted and report.train["resumed_at"] > 0 and report.n_new == 3
+        assert [row.example.messages[0][1] for row in learner.store.rows("pending")] == ["in tea"]
+        with monkeypatch.context() as patch:
+            Sitting(learner, "merge", patch).run()
+        learner.observe([json.dumps({"prompt": "in tea", "completion": "left"})])  # the row that the night began with is gone
+        assert learner.adapt().train["resumed_at"] == 0 and not learner.store.rows("pending")
+
+
+def test_a_night_that_was_refused_is_not_run_again_until_something_is_new(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(home.parent / "machine")
+    with Learner(home) as learner:
+        learner.settings = replace(learner.settings, gate=replace(GATE, max_prose_nats=-100.0))
+        assert not nightly(learner, machine.sensors).accepted
+        with monkeypatch.context() as patch:
+            patch.setattr(night, "run_stage", lambda *_: pytest.fail("a stage was run"))
+            with pytest.raises(NothingToLearn, match=r"these 3 rows was refused \(general ability fell"):
+                nightly(learner, machine.sensors)
+        learner.observe([json.dumps({"prompt": "in tea", "completion": "right"})])
+        assert not nightly(learner, machine.sensors).accepted and len(learner.history()) == 2
+        learner.settings = replace(learner.settings, gate=GATE)
+        assert nightly(learner, machine.sensors).accepted
+
+
+def test_a_night_that_fails_before_it_begins_is_the_last_try(home: Path) -> None:
+    with Learner(home) as learner:
+        (home / "generations/0000/manifest.json").rename(home / "gone")
+        with pytest.raises(EdgeclError) as caught:
+            nightly(learner, Machine(home.parent / "machine").sensors)
+        (home / "gone").rename(home / "generations/0000/manifest.json")
+        assert learner.status()["last_try"]["reason"] == str(caught.value)
+
+
 # --- stages that end badly --------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from tiny import build, random_tokens
 from edgecl.errors import EdgeclError
 from edgecl.profile import Profile, TrainSettings
 from edgecl.shape import Shape, read_shape
-from edgecl.train import Night, TrainRow, plan, train
+from edgecl.train import Night, TrainRow, loop, plan, train
 from edgecl.train.plan import Plan, first_trained, plan_memory, resident_part
 from edgecl.train.weights import Placement
 from edgecl_convert import GgufFile
@@ -32,12 +32,12 @@ TRAIN = TrainSettings(depth=1.0)
 def process_of_300_mb():
     """Plan as in a fresh process, whatever ran in this one before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "resident_set", lambda: 300_000_000)
+        patch.setattr(loop, "resident_set", lambda: 300_000_000)
         yield
 
 
 def planned(ram_bytes: float, shape=SMOLLM, place=CPU32, steps=STEPS, **more) -> Plan:
-    return plan_memory(shape, place, replace(TRAIN, **more), int(ram_bytes), steps, 32)
+    return plan_memory(shape, place, replace(TRAIN, **more), int(ram_bytes), steps, 32, 300_000_000)
 
 
 def cost(made: Plan) -> tuple[bool, float, int]:
@@ -110,11 +110,11 @@ def test_what_attention_works_with_grows_with_the_square_of_a_row():
 def test_a_run_that_is_gone_on_from_keeps_its_parts_or_says_what_it_needs():
     many = [[ROW] * 24] * 12
     made = planned(4e9, steps=many)
-    again = plan_memory(SMOLLM, CPU32, TRAIN, int(0.9e9), many, 32, made.micro_tokens)
+    again = plan_memory(SMOLLM, CPU32, TRAIN, int(0.9e9), many, 32, 300_000_000, made.micro_tokens)
     assert again.micro_tokens == made.micro_tokens > planned(0.55e9, steps=many).micro_tokens
     assert again.peak_rss_bytes <= 0.9e9
     with pytest.raises(EdgeclError, match=r"needs \d+ MB of memory at least"):
-        plan_memory(SMOLLM, CPU32, TRAIN, int(0.55e9), many, 32, made.micro_tokens)
+        plan_memory(SMOLLM, CPU32, TRAIN, int(0.55e9), many, 32, 300_000_000, made.micro_tokens)
 
 
 # --- time, measured ---------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_a_home_is_its_owners_alone_after_a_night_whatever_the_umask(made: Path)
         found = {path: path.lstat().st_mode & 0o777 for path in (made, *made.rglob("*")) if not path.is_symlink()}
     assert {p: oct(mode) for p, mode in found.items() if mode != (0o700 if p.is_dir() else 0o600)} == {}
     names = {path.name for path in found}
-    assert {"replay.db-wal", "lock", "latents.db", "adapter.gguf", "adapter_config.json", "report.json"} <= names
+    assert {"replay.db-wal", "lock", "latents.db", "adapter.gguf", "asker.gguf", "report.json"} <= names
 
 
 # --- network ----------------------------------------------------------------------------------------------------------
@@ -211,6 +211,36 @@ def test_a_reader_in_the_way_is_named_and_the_next_call_cleans_up(home: Path) ->
         assert forget(learner, []) == []
         assert not (home / "generations/0002/asker.gguf").exists()
         assert SECRET.encode() not in all_bytes(home)
+
+
+def test_a_call_that_takes_out_what_an_earlier_one_left_says_so(home: Path) -> None:
+    with Learner(home) as learner, closing(sqlite3.connect(home / "replay.db", isolation_level=None)) as reader:
+        learner.store._db.execute("PRAGMA busy_timeout = 10")
+        reader.execute("begin")
+        reader.execute("select * from examples").fetchone()
+        with pytest.raises(StoreError, match="run `edgecl forget` again"):
+            forget(learner, ids(learner, SECRET))
+    done = edgecl(home, "--contains", SECRET)
+    assert done.exit_code == 0 and "left of such rows: text in replay.db, the asker of generation 2\n0 rows" in done.output
+    done = edgecl(home, "--contains", SECRET, "--json")
+    assert done.exit_code == 1 and json.loads(done.output)["left_over"] == []
+
+
+def test_a_task_that_is_forgotten_is_named_in_the_history_no_more(home: Path) -> None:
+    said = "t: no gain; other t: no gain"
+    with Learner(home) as learner:
+        learner.store.record_night(None, False, said, {"verdict": said, "reason": said})
+        forget(learner, ids(learner, "anne"), "t")
+        assert learner.history()[-1]["reason"] == said, "others are of it"
+    assert edgecl(home, "--task", "t").exit_code == 0
+    with Learner(home) as learner:
+        *nights, refused = learner.history()
+    assert {result["task"] for night in nights for result in night["report"]["results"]} == {"forgotten"}
+    assert {refused["reason"], *refused["report"].values()} == {"forgotten: no gain; other t: no gain"}
+    assert edgecl(home, "--task", "t").exit_code == 1
+    done = edgecl(home, "--task", "other t")  # none of whose rows is there
+    assert done.exit_code == 0 and "left of such rows: the task's name in the history" in done.output
+    assert b"no gain; other t" not in (home / "replay.db").read_bytes()
 
 
 def test_who_learned_a_row_is_known_of_kept_rows_and_of_ids(home: Path) -> None:

@@ -40,6 +40,16 @@ def test_vectors_norms_and_biases_stay(quant: str) -> None:
         assert Recipe(quant).qtype(kept, 2, tied=True) == QType.F32
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["blk.0.ffn_gate_inp.weight", "blk.0.ssm_conv1d.weight", "blk.0.time_mix_decay_w1.weight", "position_embd.weight"],
+)
+def test_small_matrices_that_llama_cpp_never_quantizes_stay(name: str) -> None:
+    assert Recipe("Q8_0").qtype(info(name, 64, 256, qtype=QType.F32), 2, tied=True) == QType.F32
+    for like_it in ("blk.0.ffn_gate.weight", "blk.0.ffn_gate_exps.weight", "blk.0.time_mix_key.weight", "token_embd.weight"):
+        assert Recipe("Q8_0").qtype(info(like_it, 64, 256, qtype=QType.F32), 2, tied=True) == QType.Q8_0
+
+
 def test_keep_gives_every_tensor_its_own_type() -> None:
     for qtype in (QType.Q4_1, QType.IQ2_XXS, QType.F32):
         assert Recipe("keep").qtype(info("blk.0.attn_q.weight", 64, 256, qtype=qtype), 2, tied=True) == qtype
@@ -56,7 +66,15 @@ def test_the_type_taken_instead_divides_the_row(n_per_row: int) -> None:
 
 @pytest.mark.parametrize(
     ("quant", "expected"),
-    [("keep", None), ("F32", "ALL_F32"), ("F16", "MOSTLY_F16"), ("Q8_0", "MOSTLY_Q8_0"), ("Q4_K_M", "MOSTLY_Q4_K_M")],
+    [
+        ("keep", None),
+        ("F32", "ALL_F32"),
+        ("F16", "MOSTLY_F16"),
+        ("Q8_0", "MOSTLY_Q8_0"),
+        ("Q2_K", "MOSTLY_Q2_K"),
+        ("Q4_K", "MOSTLY_Q4_K_S"),
+        ("Q4_K_M", "MOSTLY_Q4_K_M"),
+    ],
 )
 def test_the_file_type_is_the_name_llama_cpp_shows(quant: str, expected: str | None, tmp_path: Path) -> None:
     with GgufFile(write_model(tmp_path / "m.gguf", n_layer=1)) as base:
@@ -76,6 +94,7 @@ def one_of_each(path: Path, **tensors: tuple[QType, int]) -> GgufFile:
 
 
 Q, DOWN, EMBEDDING = "blk__0__attn_q__weight", "blk__0__ffn_down__weight", "token_embd__weight"
+ROUTER, CONVOLUTION = "blk__0__ffn_gate_inp__weight", "blk__0__ssm_conv1d__weight"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +103,8 @@ Q, DOWN, EMBEDDING = "blk__0__attn_q__weight", "blk__0__ffn_down__weight", "toke
         ({EMBEDDING: (QType.Q8_0, 64), Q: (QType.Q4_1, 64), DOWN: (QType.Q4_0, 96)}, "keep"),
         ({EMBEDDING: (QType.F16, 256), Q: (QType.Q4_K, 256)}, "keep"),
         ({Q: (QType.Q4_K, 2048), DOWN: (QType.Q6_K, 512)}, "keep"),  # as mixtures have it
+        ({Q: (QType.Q4_K, 256), ROUTER: (QType.F32, 256)}, "keep"),
+        ({Q: (QType.F16, 256), CONVOLUTION: (QType.F32, 4)}, "Q4_K_M"),
         ({Q: (QType.Q4_K, 256), DOWN: (QType.Q6_K, 256)}, "Q4_K_M"),
         ({Q: (QType.Q4_K, 2048), DOWN: (QType.F16, 32)}, "Q4_1"),
         ({Q: (QType.Q4_K, 2048), DOWN: (QType.Q3_K, 256)}, "Q4_K_M"),  # nights cannot move those

@@ -9,7 +9,7 @@ import pytest
 
 from edgecl import sandbox
 from edgecl.data import parse_example
-from edgecl.sandbox import code_in, passes
+from edgecl.sandbox import code_in, passes, programs_of
 from edgecl.stages import is_right
 
 GOOD = "def double(x):\n    return 2 * x\n"
@@ -105,3 +105,29 @@ def test_the_rest_of_a_function_is_right_by_its_check() -> None:
         "prompt": "def f(a):\n", "test": "def check(g):\n    assert g(1) == 2", "entry_point": "f",
     }  # fmt: skip
     assert is_right(parse_example(record), "    return 1 + a") and not is_right(parse_example(record), "    return a")
+
+
+@pytest.mark.parametrize(
+    ("answer", "passed"),
+    [
+        ("    return a + 1", True),
+        ("return a + 1", True),  # trimmed
+        (" return a + 1", True),
+        ("b = a + 1\n    return b", True),
+        ("if a:\n        return a + 1\n    return 1", True),
+        ("```python\n    return a + 1\n```", True),
+        ("def f(a):\n    return a + 1", True),  # the whole of it
+        ("return a", False),
+        ("def f(a):\n    return a", False),
+        ("return a +", False),
+        ("", False),
+        ("\0", False),
+    ],
+)
+def test_the_rest_of_a_function_is_indented_where_a_template_has_trimmed_it(answer: str, passed: bool) -> None:
+    before = 'def f(a):\n    """Add one."""\n'
+    assert passes(*programs_of(before, answer, "assert f(1) == 2")) is passed
+
+
+def test_a_space_before_a_program_is_no_part_of_it() -> None:
+    assert passes(*programs_of("", " def f(a):\n    return a + 1", "assert f(1) == 2"))

@@ -108,6 +108,23 @@ def test_a_damaged_page_is_a_store_error(path: Path) -> None:
         store.rows("pending")
 
 
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+def test_nothing_is_written_to_a_file_that_nobody_would_read(path: Path, how: str) -> None:
+    with Store(path) as store:
+        store.add(examples(1), 0.1)
+    copy = Path(shutil.copy(path, path.parent / "copy.db"))
+    with Store(path) as store:
+        if how == "replaced":
+            copy.rename(path)
+        else:
+            path.unlink()
+        for write in (lambda: store.add(examples(2), 0.1), lambda: store.record_night(1, True, "", {})):
+            with pytest.raises(StoreError, match=r"replay\.db: was replaced; open it again, nothing was stored"):
+                write()
+    with Store(path) as store:
+        assert store.add(examples(2), 0.1).added == (1 if how == "replaced" else 2)
+
+
 # --- adding -----------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +389,7 @@ def test_nights_and_scores_are_read_back_as_they_were(path: Path) -> None:
         store.add_scores("draft a", [good, Scored("h3", "t", True, float("nan"), 1)])
         store.add_scores("draft b", [other])
         store.add_scores("base", [])
-        store.rename_scores("draft a", "g1")
+        store.rename_scores("draft a", "g1", "base")
         store.add_scores("g1", [Scored("h1", "t", False, 0.5, 3), other])  # scored again: the newest counts
         assert store.scores("g1", ["h1", "h2", "h3"]) == {"h1": Scored("h1", "t", False, 0.5, 3), "h2": other}
         assert store.scores("g1", ["h2"]) == {"h2": other}
@@ -380,6 +397,22 @@ def test_nights_and_scores_are_read_back_as_they_were(path: Path) -> None:
         one, two = store.nights()
     assert (one["generation"], one["accepted"], one["report"]) == (1, True, {"losses": {"before": 1.5}})
     assert (two["generation"], two["accepted"], two["reason"]) == (None, False, "math: no gain")
+
+
+def test_a_published_generation_leaves_the_scores_of_the_base_and_its_own(path: Path) -> None:
+    generations = ("base", "g1", "draft a", "draft b")
+    with Store(path) as store:
+        for name in generations:
+            store.add_scores(name, [Scored("h", "t", True, 0.5, 3)])
+        store.rename_scores("draft a", "g2", "base")
+        assert [name for name in (*generations, "g2") if store.scores(name, ["h"])] == ["base", "g2"]
+
+
+def test_scores_of_a_row_are_found_without_reading_those_of_others(path: Path) -> None:
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as other:
+        (plan,) = other.execute("explain query plan delete from scores where hash = 'h'").fetchall()
+    assert plan[-1].startswith("SEARCH")
 
 
 def test_scores_of_a_refused_draft_are_not_taken_for_the_next_one(tmp_path: Path) -> None:

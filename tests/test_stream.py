@@ -9,10 +9,12 @@ from typing import Any
 
 import gguf
 import pytest
+from click.testing import CliRunner
 
 from edgecl import Learner
+from edgecl.cli import streams
 from edgecl.cli.streams import print_stream
-from edgecl.errors import DataError
+from edgecl.errors import DataError, SettingError
 from edgecl.generations import unpublished
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stream import Cell, Stream, _Run, run_stream
@@ -186,6 +188,26 @@ def test_a_finished_cell_is_not_read_back_for_other_rows_or_another_model(
     path.write_text(json.dumps({key: value for key, value in json.loads(before).items() if key != "of"}))
     assert list(run_stream(fewer, [cell], model=str(base), home=home, train=TRAIN)), "an earlier version did not say"
     path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (("--replay", "0.1,10"), "replay.share must be from 0 to 1, got 10.0"),
+        (("--replay", "nan"), "replay.share must be from 0 to 1, got nan"),
+        (("--seed", "0,-1"), "train.seed must be at least 0, got -1"),
+    ],
+)
+def test_what_a_later_night_cannot_be_told_is_said_before_the_first(
+    tmp_path: Path, options: tuple[str, ...], wanted: str
+) -> None:
+    write_data(tmp_path)
+    arguments = [str(tmp_path), "--model", str(tmp_path / "missing.gguf"), *options]
+    said = CliRunner().invoke(streams.stream, arguments, obj=tmp_path / "home").exception
+    assert isinstance(said, SettingError) and str(said) == wanted
+    assert not (tmp_path / "home").exists()
+    with pytest.raises(SettingError, match=r"replay\.written must be at least 0, got -1"):
+        Cell(written=-1)
 
 
 @pytest.mark.parametrize(

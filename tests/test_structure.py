@@ -43,6 +43,7 @@ LAYERS = (
         "measure",
         "writers",
         "night",
+        "parts",
         "learner",
         "nightly",
         "chat",
@@ -82,7 +83,7 @@ OWNERS = {  # a dependency is imported by these rooms alone
 CONVERT_OWNERS = {  # and within the conversion stage by these files alone, inside functions
     "torch": {"verify", "imatrix"},
     "transformers": {"verify", "imatrix"},
-    "tokenizers": {"hf_tokenizer", "pretokenizer"},
+    "tokenizers": {"hf_tokenizer"},
     "llama_cpp": {"amx", "llama_model", "perplexity"},
 }
 HEAVY = ["torch", "transformers", "tokenizers", "peft", "llama_cpp", "matplotlib"]

@@ -17,6 +17,7 @@ import pytest
 from edgecl import Learner, timer
 from edgecl.errors import EdgeclError, SettingError
 from edgecl.profile import read_toml
+from edgecl_convert.process import module_command
 
 WEIRD = "we \"ird\\%h 50% $HOME 'q' ; # é"
 SYSTEMCTL = """#!/bin/sh
@@ -86,6 +87,16 @@ def words(value: str) -> list[str]:
     return out
 
 
+def test_a_night_imports_nothing_from_the_folder_that_it_starts_in(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('taken from the folder')")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    done = subprocess.run(module_command("edgecl", "--home", str(home), "nightly"), cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1 and b"is not a learner's home" in done.stderr
+
+
 # --- systemd ----------------------------------------------------------------------------------------------------------
 
 
@@ -98,9 +109,9 @@ def test_units_are_written_loaded_and_removed(fakes: Path, home: Path, tmp_path:
     assert list(units(tmp_path)) == [f"{name}.service", f"{name}.timer"]
     service, clock = map(values, units(tmp_path).values())
     command = words(service["ExecStart"])
-    assert command[:4] == ["/usr/bin/env", sys.executable, "-m", "edgecl"]
-    assert [word.replace("$$", "$") for word in command[4:]] == ["--home", str(home), "nightly"]
-    assert command[5].count("$") == 2 * str(home).count("$")  # the service's environment is not put in
+    wanted = ["/usr/bin/env", *module_command("edgecl", "--home", str(home), "nightly")]
+    assert [word.replace("$$", "$") for word in command] == wanted
+    assert command[-2].count("$") == 2 * str(home).count("$")  # the service's environment is not put in
     assert words(service["ReadWritePaths"]) == [str(home)]
     assert (clock["OnCalendar"], clock["Persistent"]) == ("*-*-* 04:05:00", "true")
     calls = (fakes / "log").read_text().splitlines()
@@ -238,7 +249,7 @@ def test_cron_runs_what_was_meant(name: str, only_cron: Path, tmp_path: Path, mo
     timer.install(home, "23:07")
     command = as_cron_runs(table(only_cron).decode().splitlines()[0])
     ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, env={"PATH": "/usr/bin:/bin"}, check=True)
-    assert json.loads(ran.stdout) == [str(python), "-m", "edgecl", "--home", str(home), "nightly"]
+    assert json.loads(ran.stdout) == module_command("edgecl", "--home", str(home), "nightly")
 
 
 @pytest.mark.parametrize(("codes", "n_nights"), [([75, 75, 0, 75], 3), ([3, 75], 1), ([4, 75], 1), ([75] * 200, 90)])

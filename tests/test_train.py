@@ -17,6 +17,7 @@ from edgecl.train import Night, TrainRow, loop, train
 from edgecl.train.decoder import Decoder
 from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
+from edgecl.train.optimizer import AdamW
 from edgecl.train.packing import tree
 from edgecl.train.weights import Placement
 from edgecl_convert import GgufFile, UnsupportedError, in_minimums, merge
@@ -305,6 +306,14 @@ def test_untrained_adapter_changes_nothing_and_is_a_snapshot(models):
     with torch.no_grad():
         lora.flat += STD
     assert not any(b.any() for _, b in adapter.pairs.values())
+
+
+@pytest.mark.parametrize(("most", "left"), [(0.0, 5.0), (1.0, 1.0), (9.0, 5.0)])
+def test_a_gradient_is_shortened_to_the_limit_where_there_is_one(most, left):
+    flat = torch.nn.Parameter(torch.zeros(2))
+    flat.grad = torch.tensor([3.0, 4.0])
+    assert AdamW(flat, 0.0, most).clip() == 5.0
+    assert flat.grad.norm().item() == pytest.approx(left)
 
 
 def test_loss_that_is_not_a_number_is_an_error(models, monkeypatch):

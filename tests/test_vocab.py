@@ -298,6 +298,17 @@ def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
     assert differing(folder, convert(folder)) == []
 
 
+def test_a_special_token_without_a_row_is_left_out_too_but_not_the_end(tmp_path: Path) -> None:
+    data = byte_level(GPT2)
+    n = len(data["model"]["vocab"]) + 4
+    data["added_tokens"].append(added(n, "[PAD]"))
+    folder = save(tmp_path / "hf", data, {"eos_token": "<|im_end|>", "pad_token": "[PAD]"}, vocab_size=n)
+    vocabulary = read_vocabulary(folder)
+    assert "tokenizer.ggml.padding_token_id" not in vocabulary.fields and "[PAD] and other" in vocabulary.limits[0]
+    with pytest.raises(ConvertError, match=r"eos_token is '\[PAD\]', which is no token of it"):
+        read_vocabulary(save(folder, data, {"eos_token": "[PAD]"}, vocab_size=n))
+
+
 @pytest.mark.parametrize(
     ("settings", "config", "wanted"),
     [
@@ -361,6 +372,11 @@ REFUSED = {
     "tried: gpt-2, smollm, llama-bpe": broken(pre_tokenizer=GPT2 | {"add_prefix_space": True}),
     "its pre-tokenizer splits text like none": broken(pre_tokenizer=sequence({"type": "Whitespace"}, BYTE_LEVEL)),
     '"type": "Lowercase"': broken(normalizer={"type": "Lowercase"}),
+    "the tokenizers library refuses it: data did not match": broken(pre_tokenizer=sequence({"type": "Unheard"}, BYTE_LEVEL)),
+    "Token `b` out of vocabulary": broken(model={"vocab": {"a": 0}, "merges": [["a", "b"]], "ignore_merges": True}),
+    "Unk token `<none>` not found": broken(
+        model={"vocab": {"a": 0, "ab": 1}, "merges": [], "ignore_merges": True, "unk_token": "<none>"}
+    ),
     "neither on bytes nor with byte_fallback": broken(pre_tokenizer={"type": "Whitespace"}),
     "no token has the id 2500": with_added(id=9999) | {"added_tokens": [added(9999, "<x>")]},
     "but 'nothere' is no token": broken(
@@ -409,6 +425,8 @@ def test_a_byte_without_a_token_is_refused(tmp_path: Path) -> None:
         ({"tokenizer.json": b"{oops"}, "is not JSON"),
         ({"tokenizer.json": b"[]"}, "must hold a JSON object"),
         ({"tokenizer.model": b"\xff\xff\xff"}, "is not a SentencePiece model"),
+        ({"tokenizer.model": protobuf((1, protobuf((1, 7)))) + model_file("a")}, "is not a SentencePiece model"),  # a text
+        ({"tokenizer.model": model_file("a") + protobuf((3, protobuf((2, 9))))}, "is not a SentencePiece model"),  # the table
         ({"tokenizer.model": model_file("a", kind=3)}, "only SentencePiece's BPE and unigram"),
         ({"tokenizer.model": model_file("a", collapse=1)}, "normalizer"),
         ({"tokenizer.model": model_file("a", kind=1, collapse=1)}, "unigram model with byte_fallback"),

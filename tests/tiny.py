@@ -138,7 +138,7 @@ def write_model(path: Path, model: PreTrainedModel, tiny: Tiny, vocab: Callable[
     for key, value in tiny.fields.items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(f"{tiny.architecture}.{key}", value)
-    (vocab or _add_vocab)(writer)
+    (vocab or add_vocab)(writer)
     _add_tensors(writer, model, tiny)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -147,7 +147,8 @@ def write_model(path: Path, model: PreTrainedModel, tiny: Tiny, vocab: Callable[
     return path
 
 
-def _add_vocab(writer: gguf.GGUFWriter) -> None:
+def add_vocab(writer: gguf.GGUFWriter, add_bos: bool = False) -> None:
+    """Add the tiny vocabulary, which wants a token before every text or none."""
     normal, control = int(gguf.TokenType.NORMAL), int(gguf.TokenType.CONTROL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -156,7 +157,7 @@ def _add_vocab(writer: gguf.GGUFWriter) -> None:
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(START)
     writer.add_eos_token_id(END)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(add_bos)
     writer.add_chat_template(TEMPLATE)
 
 

@@ -11,13 +11,13 @@ from .adapter import (
     write_gguf_adapter,
     write_peft_adapter,
 )
-from .adaptive import adaptive_recipe, choose_recipe
+from .adaptive import adaptive_recipe, check_quant, choose_recipe
 from .atomic import atomic_file, fsync_folder, write_atomic
 from .errors import AdapterError, ConvertError, GgufError, UnsupportedError
 from .gguf_file import GgufFile
 from .hf_model import HfModel
 from .imatrix import Imatrix, measure, read_or_measure
-from .merge import MergeReport, in_minimums, merge, update_survival
+from .merge import MergeReport, check_output, in_minimums, merge, update_survival
 from .probe import ProbeReport, check_probeable, probe
 from .probe_plot import check_plot
 from .probe_plot import draw as draw_probes
@@ -44,8 +44,10 @@ __all__ = [
     "Vocabulary",
     "adaptive_recipe",
     "atomic_file",
+    "check_output",
     "check_plot",
     "check_probeable",
+    "check_quant",
     "choose_recipe",
     "draw_probes",
     "fsync_folder",

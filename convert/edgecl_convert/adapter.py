@@ -118,11 +118,13 @@ def read_gguf_adapter(path: Path | str) -> Adapter:
 
     Raises:
         GgufError: not a GGUF.
-        AdapterError: a GGUF that is not a LoRA adapter, or has a half pair.
+        AdapterError: a GGUF that is not a LoRA adapter, is an activated one (aLoRA), or has a half pair.
     """
     with GgufFile(path) as gguf:
         if gguf.get("general.type") != "adapter" or gguf.get("adapter.type") != "lora":
             raise AdapterError(f"{path}: is a GGUF {gguf.get('general.type', 'model')}, not a LoRA adapter")
+        if tokens := gguf.get("adapter.alora.invocation_tokens"):
+            raise _inexpressible(path, "alora_invocation_tokens", tokens)
         alpha = gguf.require("adapter.lora.alpha")
         if not isinstance(alpha, int | float):
             raise AdapterError(f"{path}: adapter.lora.alpha must be a number, got {alpha!r}")
@@ -250,6 +252,13 @@ def read_adapter(path: Path | str, base: GgufFile) -> Adapter:
     return adapter
 
 
+def _inexpressible(path: Path | str, name: str, value: Any) -> AdapterError:
+    return AdapterError(
+        f"{path}: {name}={json.dumps(value)} cannot be expressed in GGUF LoRA; "
+        f"allowed: {json.dumps(_EXPRESSIBLE[name][0])}; train without it"
+    )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     try:
@@ -263,10 +272,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: peft_type must be LORA, got {peft_type!r}")
     for name, allowed in _EXPRESSIBLE.items():
         if name in config and config[name] not in allowed:
-            raise AdapterError(
-                f"{path}: {name}={json.dumps(config[name])} cannot be expressed in GGUF LoRA; "
-                f"allowed: {json.dumps(allowed[0])}; train without it"
-            )
+            raise _inexpressible(path, name, config[name])
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
         raise AdapterError(f"{path}: lora_alpha must be a number above 0, got {alpha!r}")

@@ -91,6 +91,19 @@ def prior_sensitivity(info: TensorInfo, mean_square: float) -> float:
     return weight / mean_square if mean_square else 0.0
 
 
+def check_quant(quant: str, size_budget: int = 0) -> None:
+    """Check that a quant is one that `choose_recipe` knows, and that a size budget goes with it.
+
+    Raises:
+        ConvertError: a budget for another quant than int4.
+        UnsupportedError: no such quant.
+    """
+    if size_budget and quant != "int4":
+        raise ConvertError(f"--size-budget goes with --quant int4, got {quant}")
+    if quant not in ("int8", "int4"):
+        Recipe.named(quant)
+
+
 def choose_recipe(
     source: Source,
     quant: str,
@@ -108,8 +121,7 @@ def choose_recipe(
         ConvertError: a budget for another quant than int4, or one that nothing fits.
         UnsupportedError: no such quant.
     """
-    if size_budget and quant != "int4":
-        raise ConvertError(f"--size-budget goes with --quant int4, got {quant}")
+    check_quant(quant, size_budget)
     if imatrix is not None:
         imatrix.check_fits(source)
     is_float = all(info.qtype in FLOAT_TYPES for info in source.tensors.values())

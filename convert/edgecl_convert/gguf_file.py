@@ -6,7 +6,7 @@ offset and name is checked against the file before anything is believed. Metadat
 tensors are views of a memory map. Format: GGUF versions 2 and 3, little endian
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-*Does not cover*: big-endian files, version 1, split files. A flipped bit inside the weights is not visible
+*Does not cover*: big-endian files, version 1, parts of a split model. A flipped bit inside the weights is not visible
 here; the manifest's sha256 finds it.
 """
 
@@ -127,6 +127,7 @@ class GgufFile:
         for _ in range(n_fields):
             at = self._walk_field(at)
         self.fields_end = at
+        self._check_whole()
         self.alignment = self._read_alignment()
         raw_infos = []
         for _ in range(n_tensors):
@@ -136,6 +137,13 @@ class GgufFile:
         for name, shape, qtype, offset in raw_infos:
             self._add_tensor(name, shape, qtype, offset, data_start)
         self._check_overlap()
+
+    def _check_whole(self) -> None:
+        n_parts = self.get("split.count")
+        if isinstance(n_parts, int) and n_parts > 1:
+            raise GgufError(
+                self.path, f"is one of {n_parts} parts of a model; join them with llama-gguf-split --merge FIRST-PART OUT"
+            )
 
     def _read_alignment(self) -> int:
         alignment = self.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)

@@ -18,6 +18,7 @@ from .errors import ConvertError, UnsupportedError
 from .ggml import F32Array
 
 _MAX_INTEGER = 1 << 31
+_MIN_FLOAT, _MAX_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # GGUF has float32
 
 
 class HfConfig:
@@ -71,7 +72,7 @@ class HfConfig:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number above 0.
+        """Return a number above 0 that float32 has.
 
         Raises:
             ConvertError: it is missing, or something else.
@@ -95,13 +96,13 @@ class HfConfig:
 
 
 def positive(value: Any, key: str, path: Path) -> float:
-    """Return `value` as a finite number above 0.
+    """Return `value` as a number above 0 that float32 has.
 
     Raises:
         ConvertError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConvertError(f"{path}: {key} must be a number above 0, got {json.dumps(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _MIN_FLOAT <= value <= _MAX_FLOAT:
+        raise ConvertError(f"{path}: {key} must be a number above 0, got {json.dumps(value)[:60]}; allowed: 1.2e-38 to 3.4e38")
     return float(value)
 
 

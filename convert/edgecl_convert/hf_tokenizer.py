@@ -7,6 +7,8 @@ from their names instead, and may then differ.) Only where it is missing, tokeni
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,14 @@ def library_tokenizer(where: Path, data: dict[str, Any]) -> Any:
     """
     from tokenizers import Tokenizer
 
-    try:
+    with library_errors(where):
         return Tokenizer.from_str(json.dumps({**data, "truncation": None, "padding": None}))
+
+
+@contextmanager
+def library_errors(where: Path) -> Iterator[None]:
+    """Turn what the tokenizers library raises within the block into a ConvertError."""
+    try:
+        yield
     except Exception as error:  # the library raises nothing narrower
         raise ConvertError(f"{where}: the tokenizers library refuses it: {error}") from None

@@ -43,6 +43,7 @@ from .source import Source
 
 ROUNDINGS = ("stochastic", "nearest")
 _VERSION_KEY = "general.quantization_version"
+_IMATRIX_KEYS = "quantize.imatrix."  # what the base itself was quantized with
 Progress = Callable[[int, int, str], None]  # (tensors done, tensors, name)
 
 
@@ -90,9 +91,7 @@ def merge(
     """
     if rounding not in ROUNDINGS:
         raise UnsupportedError(f"rounding must be one of {', '.join(ROUNDINGS)}; got {rounding}")
-    target, source = Path(out).resolve(), base.path.resolve()
-    if target == source or (target.parent == source and target.suffix != ".gguf"):
-        raise ConvertError(f"{out}: is the base itself, or a file of it, which is never overwritten; give another output")
+    check_output(base, out)
     start = time.perf_counter()
     recipe = quant if isinstance(quant, Recipe) else Recipe.named(quant)
     if adapter is not None:
@@ -122,6 +121,19 @@ def merge(
     return report
 
 
+def check_output(base: Source, out: Path | str) -> None:
+    """Check that `out` is in a folder that is there, and neither the base nor a file of it.
+
+    Raises:
+        ConvertError: it is not.
+    """
+    target, source = Path(out).resolve(), base.path.resolve()
+    if target == source or (target.parent == source and target.suffix != ".gguf"):
+        raise ConvertError(f"{out}: is the base itself, or a file of it, which is never overwritten; give another output")
+    if not target.parent.is_dir():
+        raise ConvertError(f"{out}: cannot be written: {target.parent} is no folder; make it, or give another output")
+
+
 def planned_bytes(base: Source, recipe: Recipe) -> int:
     """Return the size of the file that `merge` would write."""
     plan = planned_tensors(base, recipe)
@@ -149,7 +161,9 @@ def _stays(base: Source, tensor: PlannedTensor, recipe: Recipe) -> bool:
 def _fields(base: Source, recipe: Recipe, plan: list[PlannedTensor]) -> list[bytes]:
     """Return the base's metadata with the file type of the recipe, and the version of quantized data where there is any."""
     file_type = recipe.file_type(base)
-    fields = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))
+    copied = copied_fields(base, **({} if file_type is None else {"file_type": file_type}))
+    named = zip(base.keys, copied, strict=True)
+    fields = [field for key, field in named if recipe.keeps or not key.startswith(_IMATRIX_KEYS)]
     is_quantized = any(tensor.qtype not in FLOAT_TYPES for tensor in plan)
     if not recipe.keeps and is_quantized and _VERSION_KEY not in base.keys:
         fields.append(encode_field(_VERSION_KEY, GGML_QUANT_VERSION))

@@ -13,11 +13,12 @@ Source:
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import UnsupportedError
+from .hf_tokenizer import library_errors, library_tokenizer
 from .torture import probes
 
 EMPTY = {"type": "BPE", "vocab": {}, "merges": []}  # the model of a tokenizer of which only another part is wanted
@@ -84,7 +85,7 @@ def _described(splits: tuple[str, ...]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": parts}
 
 
-def find_pretokenizer(where: str, described: dict[str, Any], model: dict[str, Any]) -> Known:
+def find_pretokenizer(where: Path, described: dict[str, Any], model: dict[str, Any]) -> Known:
     """Return the known pre-tokenizer that splits as a folder's own does.
 
     Args:
@@ -93,11 +94,12 @@ def find_pretokenizer(where: str, described: dict[str, Any], model: dict[str, An
         model: its "model", a BPE.
 
     Raises:
+        ConvertError: the tokenizers library refuses the pre-tokenizer or the model.
         UnsupportedError: none does, or none of those does with the folder's ignore_merges, which matters to its vocabulary.
     """
     texts = list(probes())
-    own = _split(described, texts)
-    alike = [known for known in KNOWN if _splits_alike(known, own, texts)]
+    own = _split(where, described, texts)
+    alike = [known for known in KNOWN if _splits_alike(where, known, own, texts)]
     if not alike:
         tried = ", ".join(known.pre for known in KNOWN)
         raise UnsupportedError(f"{where}: its pre-tokenizer splits text like none that llama.cpp has; tried: {tried}")
@@ -105,7 +107,7 @@ def find_pretokenizer(where: str, described: dict[str, Any], model: dict[str, An
     for known in alike:
         if known.ignore_merges == wanted:
             return known
-    if _ignore_merges_matters(model):
+    if _ignore_merges_matters(where, model):
         raise UnsupportedError(
             f"{where}: ignore_merges is {str(wanted).lower()}, which llama.cpp does not have for {alike[0].pre}, and it "
             "changes how tokens of this vocabulary are found"
@@ -113,25 +115,23 @@ def find_pretokenizer(where: str, described: dict[str, Any], model: dict[str, An
     return alike[0]
 
 
-def _splitter(described: dict[str, Any]) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(json.dumps({"version": "1.0", "pre_tokenizer": described, "model": EMPTY})).pre_tokenizer
+def _splitter(where: Path, described: dict[str, Any]) -> Any:
+    return library_tokenizer(where, {"version": "1.0", "pre_tokenizer": described, "model": EMPTY}).pre_tokenizer
 
 
-def _split(described: dict[str, Any], texts: list[str]) -> list[list[tuple[str, tuple[int, int]]]]:
-    split = _splitter(described).pre_tokenize_str
-    return [split(text) for text in texts]
+def _split(where: Path, described: dict[str, Any], texts: list[str]) -> list[list[tuple[str, tuple[int, int]]]]:
+    split = _splitter(where, described).pre_tokenize_str
+    with library_errors(where):
+        return [split(text) for text in texts]
 
 
-def _splits_alike(known: Known, own: list[list[tuple[str, tuple[int, int]]]], texts: list[str]) -> bool:
-    split = _splitter(_described(known.splits)).pre_tokenize_str
+def _splits_alike(where: Path, known: Known, own: list[list[tuple[str, tuple[int, int]]]], texts: list[str]) -> bool:
+    split = _splitter(where, _described(known.splits)).pre_tokenize_str
     return all(split(text) == words for text, words in zip(texts, own, strict=True))
 
 
-def _ignore_merges_matters(model: dict[str, Any]) -> bool:
+def _ignore_merges_matters(where: Path, model: dict[str, Any]) -> bool:
     """Whether a token of the vocabulary is not what the merges make of its own text."""
-    from tokenizers import Tokenizer
-
-    plain = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {**model, "ignore_merges": False}})).model
-    return any(len(plain.tokenize(token)) != 1 for token in model["vocab"])
+    plain = library_tokenizer(where, {"version": "1.0", "model": {**model, "ignore_merges": False}}).model
+    with library_errors(where):
+        return any(len(plain.tokenize(token)) != 1 for token in model["vocab"])

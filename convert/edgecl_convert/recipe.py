@@ -2,7 +2,7 @@
 
 A recipe is a name: a tensor type (Q8_0, Q4_0, F16 ...), which all weight matrices get, or one of llama.cpp's mixtures
 (Q4_K_M); or `adaptive`, which names a type for each tensor. Rows that do not divide by a type's block fall back as
-llama.cpp's rule has it. Norms and other vectors stay F32.
+llama.cpp's rule has it. Norms, other vectors and the small matrices that llama.cpp never quantizes stay as they are.
 `keep` leaves every tensor its type; `keep_minimums` too, but for weights of the layers of 4 or 5 bits that have no minimum of
 float16 for every 32 of them, which get one: what nights learn is added there (`grid`).
 """
@@ -33,6 +33,16 @@ _FALLBACK = {
 _WRITABLE = (
     QType.F32, QType.F16, QType.BF16, QType.Q8_0, QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1,
     QType.Q2_K, QType.Q3_K, QType.Q4_K, QType.Q5_K, QType.Q6_K,
+)  # fmt: skip
+# parts of names; llama.cpp, src/llama-quant.cpp, tensor_allows_quantization, less what it keeps in one architecture (glm5-next)
+_NEVER_QUANTIZED = (
+    "ffn_gate_inp.", "ffn_gate_tid2eid.", "altup", "laurel", "per_layer_model_proj", "position_embd.", "token_types.",
+    "ssm_conv1d", "shortconv.conv.", "indexer.k_proj.", "indexer.q_proj.",
+    "time_mix_first.", "time_mix_w0.", "time_mix_w1.", "time_mix_w2.", "time_mix_v0.", "time_mix_v1.", "time_mix_v2.",
+    "time_mix_a0.", "time_mix_a1.", "time_mix_a2.", "time_mix_g1.", "time_mix_g2.",
+    "time_mix_decay_w1.", "time_mix_decay_w2.", "time_mix_lerp_fused.", "attn_rel_b.",
+    ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger",
+    "a.rvq.codebook", "mm.a.code_embd",
 )  # fmt: skip
 
 
@@ -99,9 +109,9 @@ class Recipe:
         if self.keeps:
             return None
         quant = self._commonest(base) if self.quant == ADAPTIVE else self.quant
-        names = {"F32": "ALL_F32", "Q4_K_M": "MOSTLY_Q4_K_M"}
-        for name in (names.get(quant), f"MOSTLY_{quant}", f"MOSTLY_{quant}_M"):
-            if name and name in LlamaFileType.__members__:
+        size = "M" if self.quant == ADAPTIVE else "S"  # llama.cpp names one K type for all after its small mixture
+        for name in (f"ALL_{quant}", f"MOSTLY_{quant}", f"MOSTLY_{quant}_{size}"):
+            if name in LlamaFileType.__members__:
                 return int(LlamaFileType[name])
         return None
 
@@ -125,8 +135,9 @@ def model_shape(source: Source) -> tuple[int, bool]:
 
 
 def is_weight(info: TensorInfo) -> bool:
-    """Return whether a tensor is a weight matrix, which recipes give a type; norms and other vectors keep theirs."""
-    return len(info.shape) > 1 and "_norm" not in info.name and info.name.endswith(".weight")
+    """Return whether a tensor is a weight matrix, which recipes give a type; norms, vectors and small matrices keep theirs."""
+    is_matrix = len(info.shape) > 1 and "_norm" not in info.name and info.name.endswith(".weight")
+    return is_matrix and not any(part in info.name for part in _NEVER_QUANTIZED)
 
 
 def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
@@ -144,7 +155,7 @@ def resolve_quant(quant: str, source: Source, learned: bool = False) -> str:
         return "Q8_0"
     if quant != "int4":
         return Recipe.named(quant).quant
-    weights = [info for info in source.tensors.values() if layer_of(info.name) is not None and len(info.shape) > 1]
+    weights = [info for info in source.tensors.values() if layer_of(info.name) is not None and is_weight(info)]
     n_bits = sum(8 * info.n_bytes for info in weights)
     if all(info.qtype in GRID_TYPES for info in weights) and 0 < n_bits <= INT4_BITS * sum(info.n_weights for info in weights):
         return KEEP_MINIMUMS if learned else KEEP

@@ -47,6 +47,7 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
         message = list(_fields(path.read_bytes()))
         pieces = [_piece(value) for number, value in message if number == 1]
         trainer, normalizer = (dict(_fields(_last(message, number, b""))) for number in (2, 3))
+        charsmap = _data(normalizer.get(2, b""))
     except (struct.error, LookupError, TypeError, ValueError):
         raise ConvertError(f"{path}: is not a SentencePiece model, or damaged") from None
     kind = _MODELS.get(trainer.get(3, 1))
@@ -62,7 +63,7 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
     else:
         ids = [i for i, piece in enumerate(pieces) if piece.text == unknown]
         model |= {"vocab": [[piece.text, piece.score] for piece in pieces], "unk_id": ids[0] if ids else None}
-    parts, metaspace = _normalizers(kind, normalizer)
+    parts, metaspace = _normalizers(kind, normalizer, charsmap)
     return {
         "version": "1.0",
         "added_tokens": [_added(i, piece) for i, piece in enumerate(pieces) if _is_added(piece)],
@@ -91,10 +92,9 @@ def complete_merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> li
     return [[left, right] for _, _, _, left, right in sorted(merges)]
 
 
-def _normalizers(kind: str, spec: Mapping[int, Any]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def _normalizers(kind: str, spec: Mapping[int, Any], charsmap: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """What is done to a text before it is cut: SentencePiece's flags in the form of tokenizer.json."""
     prefix, collapse = spec.get(3, 1), spec.get(4, 1)
-    charsmap = bytes(spec.get(2, b""))
     parts: list[dict[str, Any]] = []
     if charsmap:
         parts.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode("ascii")})
@@ -125,7 +125,13 @@ def _added(index: int, piece: Piece) -> dict[str, Any]:
 def _piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
     (score,) = struct.unpack("<f", fields.get(2, b"\0\0\0\0"))
-    return Piece(bytes(fields[1]).decode("utf-8"), score, TokenType(fields.get(3, 1)))
+    return Piece(_data(fields[1]).decode("utf-8"), score, TokenType(fields.get(3, 1)))
+
+
+def _data(value: Any) -> bytes:
+    if not isinstance(value, bytes):  # bytes(n) would be n zeros
+        raise TypeError("a number where bytes belong")
+    return value
 
 
 def _last(message: list[tuple[int, Any]], number: int, default: Any) -> Any:

@@ -49,6 +49,7 @@ def serve(tokenizer: HfTokenizer) -> Served:
     """Return what llama.cpp computes for a tokenizer.
 
     Raises:
+        ConvertError: the tokenizers library refuses it.
         UnsupportedError: nothing that is near enough.
     """
     model = tokenizer.data["model"]
@@ -103,7 +104,7 @@ def _serve_byte_level(tokenizer: HfTokenizer) -> Served:
     for part in _normalizers(tokenizer, limits):
         raise _unhandled(tokenizer, "normalizer", part)
     model = tokenizer.data["model"]
-    known = find_pretokenizer(str(tokenizer.path), tokenizer.data["pre_tokenizer"], model)
+    known = find_pretokenizer(tokenizer.path, tokenizer.data["pre_tokenizer"], model)
     if known.limit:
         limits.append(known.limit)
     served_model = {**model, "ignore_merges": known.ignore_merges}

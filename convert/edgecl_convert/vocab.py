@@ -16,7 +16,7 @@ from typing import Any
 from gguf import TokenType
 
 from .errors import ConvertError, UnsupportedError
-from .hf_tokenizer import HfTokenizer, library_tokenizer, read_json, read_tokenizer
+from .hf_tokenizer import HfTokenizer, library_errors, library_tokenizer, read_json, read_tokenizer
 from .sentencepiece_file import is_byte_token
 from .served_tokenizer import Served, serve
 
@@ -196,7 +196,9 @@ def _check_unlisted_pairs(tokenizer: HfTokenizer, served: Served, pairs: set[tup
     if not doubtful:
         return
     model = library_tokenizer(tokenizer.path, served.data).model
-    if never := [text for text in doubtful if len(model.tokenize(text)) != 1]:
+    with library_errors(tokenizer.path):
+        never = [text for text in doubtful if len(model.tokenize(text)) != 1]
+    if never:
         raise UnsupportedError(
             f"{tokenizer.path}: its merges never make {never[0]!r} ({len(never)} such tokens), but llama.cpp would; "
             "a SentencePiece BPE needs every pair that makes a token among its merges"
@@ -207,11 +209,14 @@ def _check_unlisted_pairs(tokenizer: HfTokenizer, served: Served, pairs: set[tup
 
 
 def _special_ids(tokenizer: HfTokenizer, ids: Mapping[str, int]) -> dict[str, int]:
-    """Return ids by transformers' name: bos, eos, unk, pad."""
+    """Return ids by transformers' name: bos, eos, unk, pad; all but eos may be an added token that was left out."""
     found: dict[str, int] = {}
+    left_out = {token["content"] for token in tokenizer.data.get("added_tokens") or []} - ids.keys()  # a limit says so
     for name in _KEYS:
         token = tokenizer.settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
+        if text in left_out and name != "eos":
+            continue
         if text:
             if text not in ids:
                 raise ConvertError(f"{tokenizer.path}: {name}_token is {text!r}, which is no token of it")

@@ -226,7 +226,8 @@ class _Conversation:
             _note("no longer in the store: a night has learned it, or it was replaced or forgotten")
         else:
             older = ", the older answer is back" if done.is_put_back else ""
-            learned = f"; generation {done.row.generation} has learned it" if done.row.generation is not None else ""
+            is_learned = done.row.generation is not None and done.row.role != "pending"  # a night that claims it may fail
+            learned = f"; generation {done.row.generation} has learned it" if is_learned else ""
             _note(f"taken back{older}{learned}")
 
     def _task(self, name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,7 @@ def print_status(facts: dict[str, Any]) -> None:
         out.print(f"last night  {last['started']}: {outcome}{': ' + safe(last['reason']) if last['reason'] else ''}")
     else:
         out.print("last night  there was none yet")
-    if tried and (not last or tried["at"] > last["started"]):
+    if tried and (not last or (tried["at"] > last["started"] and tried["reason"] != last["reason"])):
         out.print(f"last try    {safe(str(tried['at']))}: {safe(str(tried['reason']))}")
     if facts["tasks"]:
         table = Table("task", "pending", "replay", "held out", "archive", box=None, pad_edge=False)
@@ -163,10 +165,17 @@ def history(home: Path | None, as_json: bool) -> None:
     for night in nights:
         report: dict[str, Any] = night["report"]
         outcome = f"generation {night['generation']}" if night["accepted"] else "refused"
-        text = f"{night['started'][:16]}  {outcome:<14} {report.get('n_new', 0)} new, {report.get('n_replay', 0)} rehearsed"
+        text = f"{_local(night['started'])}  {outcome:<14} {report.get('n_new', 0)} new, {report.get('n_replay', 0)} rehearsed"
         click.echo(text + f", {report.get('train_s', 0):.0f} s training")
         if night["reason"]:
             click.echo(f"                  {safe(night['reason'])}")
+
+
+def _local(started: str) -> str:
+    """Return when a night started as the clock here has it, to the minute."""
+    with suppress(ValueError, OverflowError):  # it is damaged
+        return f"{datetime.fromisoformat(started).astimezone():%Y-%m-%d %H:%M}"
+    return safe(started[:16])
 
 
 @click.command()

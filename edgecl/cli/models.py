@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,12 @@ def convert(
 
     With --imatrix, int4 of a float model gives each tensor the type that its measured sensitivity asks for.
     """
-    from edgecl_convert import choose_recipe, merge, open_source, read_or_measure
+    from edgecl_convert import check_output, check_quant, choose_recipe, merge, open_source, read_or_measure
 
     _check_target(target, force)
+    check_quant(quant, size_budget or 0)
     with open_source(source) as model, progress_bar() as progress:
+        check_output(model, target)  # before minutes of measuring
         matrix = read_or_measure(matrix_file, model) if matrix_file else None
         recipe = choose_recipe(model, quant, matrix, size_budget or 0, progress=_stage(progress, "choose types"))
         report = merge(model, None, target, recipe, progress=_stage(progress, "convert"), imatrix=matrix)
@@ -66,12 +68,16 @@ def convert(
     if as_json:
         print_json(facts | ({"verify": verified} if verified else {}))
     else:
-        for note in report.notes:
-            click.echo(note, err=True)
+        _say_notes(report.notes)
         types = ", ".join(f"{n} {name}" for name, n in report.qtypes.items())
         click.echo(safe(f"{target}: {size(report.model_bytes)} in {report.merge_s:.1f} s ({types})"))
     if verified:
         _say_verified(target, verified, as_json)
+
+
+def _say_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        click.echo(safe(note), err=True)
 
 
 def _verify(source: Path, target: Path) -> dict[str, Any]:
@@ -84,8 +90,7 @@ def _say_verified(target: Path, report: dict[str, Any], as_json: bool) -> None:
     if not report["ok"]:
         raise EdgeclError(f"{target}: not verified: {report['failure']}")
     if not as_json:
-        for limit in report["limits"]:
-            click.echo(f"note: {limit}", err=True)
+        _say_notes(f"note: {limit}" for limit in report["limits"])
         limited = f" ({report['texts_limited']} as near as llama.cpp can)" if report["texts_limited"] else ""
         click.echo(
             f"verified: ids of {report['texts']} texts{limited}, "
@@ -122,12 +127,14 @@ def merge(base: Path, adapter: Path, out: Path, quant: str, rounding: str, force
         "survival": kept,
         "model_bytes": report.model_bytes,
         "qtypes": report.qtypes,
+        "notes": report.notes,
         "rounded": report.rounded,
         "copied": report.copied,
     }
     if as_json:
         print_json(facts)
     else:
+        _say_notes(report.notes)
         click.echo(safe(f"{out}: {size(report.model_bytes)} in {report.merge_s:.1f} s, {kept:.1%} of the update survives"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..forget import Rebuild, find, forget, going_on, plan, retrain
+from ..forget import Rebuild, find, forget, going_on, left_over, plan, retrain
 from ..learner import Learner
 from ..rows import Stored
 from .night import REFUSED, print_report
@@ -35,7 +35,7 @@ def forget_rows(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Delete rows wherever they are: by ID, by what they contain, or by task; exit code 1 if there is none.
+    """Delete rows wherever they are: by ID, by what they contain, or by task; exit code 1 if there is nothing to delete.
 
     Rows that a night learned and did not keep have an id, but their text is not in the store and cannot be found. `--retrain`
     alone rebuilds without everything that was forgotten so far.
@@ -49,7 +49,9 @@ def forget_rows(
             _print_rows(rows, as_json)
             context.exit(0 if rows else 1)
         more = going_on(learner, rows)
-        numbers = forget(learner, ids or [row.id for row in rows])
+        whole = task if task and contains is None else ""
+        left = left_over(learner, whole)
+        numbers = forget(learner, ids or [row.id for row in rows], whole)
         rebuild = plan(learner)
         if again and (rebuild or not (ids or searched)):
             rebuild = retrain(learner, progress)
@@ -59,6 +61,7 @@ def forget_rows(
             {
                 "rows": [_facts(row) for row in rows],
                 "going_on": more,
+                "left_over": left,
                 "generations": numbers,
                 "rebuild": rebuild and asdict(rebuild),
                 "rebuilt": again and rebuild is not None,
@@ -66,7 +69,7 @@ def forget_rows(
         )
     else:
         if ids or searched:
-            _print_forgotten(rows, numbers, searched)
+            _print_forgotten(rows, numbers, searched, left)
             if more:
                 click.echo(f"not gone    rows {', '.join(map(str, more))} go on with a forgotten chat and hold its text, too")
         if rebuild and again:
@@ -75,7 +78,7 @@ def forget_rows(
             _print_cost(rebuild)
     if again and rebuild:
         context.exit(REFUSED if rebuild.night and not rebuild.night.accepted else 0)
-    context.exit(0 if ids or rows else 1)
+    context.exit(0 if ids or rows or left else 1)
 
 
 def _print_rows(rows: Sequence[Stored], as_json: bool) -> None:
@@ -92,10 +95,12 @@ def _facts(row: Stored) -> dict[str, Any]:
     return {"id": row.id, "role": row.role, "task": row.example.task, "generation": row.generation}
 
 
-def _print_forgotten(rows: Sequence[Stored], numbers: Sequence[int], searched: bool) -> None:
+def _print_forgotten(rows: Sequence[Stored], numbers: Sequence[int], searched: bool, left: Sequence[str]) -> None:
     gone = "rows that a night learned and did not keep are gone already: their text cannot be searched, nor who learned it"
+    if left:
+        click.echo(f"taken out   what was left of such rows: {', '.join(left)}")
     if searched and not rows:
-        click.echo(f"0 rows forgotten; {gone}", err=True)
+        click.echo(f"0 rows forgotten; {gone}", err=not left)
         return
     roles = ", ".join(f"{n} {role}" for role, n in Counter(row.role for row in rows).items())
     click.echo(f"{len(rows)} rows forgotten{f': {roles}' if roles else ''}")

@@ -81,11 +81,11 @@ def stream(
     shares, seeds = _numbers(replay, float, "--replay"), _numbers(seed, int, "--seed")
     arms = [(served_at(p), p) for p in precision.split(",")] if precision else [(q, "") for q in quant.split(",")]
     names = order.split(",") if order else []
+    grid = [[Cell(q, r, s, p, written, joint) for r, (q, p) in itertools.product(shares, arms)] for s in seeds]
     results: list[dict[str, Any]] = []
     with progress_bar() as progress:
-        for s in seeds:
+        for s, cells in zip(seeds, grid, strict=True):
             rows = Stream.read(folder, names, train_limit, test_limit, s)
-            cells = [Cell(q, r, s, p, written, joint) for r, (q, p) in itertools.product(shares, arms)]
             results += run_stream(rows, cells, model=model, home=home, gate=gate, progress=progress)
     if as_json:
         print_json(results[0] if len(results) == 1 else {"cells": results})

@@ -112,14 +112,23 @@ class Vocab:
                 return buffer.raw[:n]
             size = -n
 
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """Return the text of an answer, up to its end-of-turn token."""
+    def with_bos(self, tokens: Sequence[int]) -> list[int]:
+        """Return the ids of a text that nothing stands before: behind `bos`, where the model wants one."""
+        return [*tokens] if self.bos is None else [self.bos, *tokens]
+
+    def text_of(self, tokens: Sequence[int], is_indented: bool = False) -> str:
+        """Return the text of an answer, up to its end-of-turn token.
+
+        Args:
+            is_indented: white space before it is part of it, as of code.
+        """
         pieces = []
         for token in tokens:
             if self.is_end(token):
                 break
             pieces.append(self.piece(token))
-        return b"".join(pieces).decode("utf-8", "replace").strip()
+        text = b"".join(pieces).decode("utf-8", "replace").rstrip()
+        return text if is_indented else text.lstrip()
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of an answer as its tokens come, never half a character; joined it is what `text_of` gives."""

@@ -68,11 +68,14 @@ def read_prose(engine: Engine, text: str, base: Sequence[Likeliest]) -> Reading:
 
 
 def _windows(engine: Engine, text: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield each window's tokens after its first (n,), and the log-probabilities (n, V) that a model gives in their places."""
+    """Yield each window's tokens after its first (n,), and the log-probabilities (n, V) that a model gives in their places.
+
+    A window begins as a chat does: behind the token that some models want first, without which they read much worse.
+    """
     tokens = engine.vocab.encode(text)[: WINDOW * N_WINDOWS]
     for first in range(0, len(tokens) - 1, WINDOW):
         window = tokens[first : first + WINDOW]
-        logits = engine.logits(window[:-1])
+        logits = engine.logits(engine.vocab.with_bos(window[:-1]))[1 - len(window) :]
         logits -= logits.max(1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
         yield np.array(window[1:]), logits

@@ -55,7 +55,7 @@ def reword(
         EngineError: llama.cpp failed.
     """
     until, rng, encode = time.monotonic() + seconds, np.random.default_rng(seed), engine.vocab.encode
-    head = encode(HEAD) if engine.vocab.bos is None else [engine.vocab.bos, *encode(HEAD)]
+    head = engine.vocab.with_bos(encode(HEAD))
     asking, wanted = ([encode(text) for text in texts] for texts in (map(_asking, questions), (f" {q}\n" for q in questions)))
     n_seq = min(engine.n_seq, (engine.n_ctx - len(head)) // MAX_ASKED - 2)
     fit = [bool(q) and "\n" not in q and len(ids) <= MAX_ASKED for q, ids in zip(questions, asking, strict=True)]
@@ -70,8 +70,8 @@ def reword(
         alike = dict.fromkeys(other for other in drawn_ones if _numbers(other) == _numbers(question))
         others.append([other for other in alike if other.casefold() not in own])
         progress(len(others), len(questions))
-    back = [Row(head + encode(_asking(other)), wanted[i]) for i, found in enumerate(others) for other in found]
-    losses = [scored.loss_nats for scored in score(engine, back, extra_tokens=0)]
+    back = [Row(head + encode(_asking(other)), wanted[i], 0) for i, found in enumerate(others) for other in found]
+    losses = [scored.loss_nats for scored in score(engine, back)]
     out = []
     for found in others:
         mine, losses = losses[: len(found)], losses[len(found) :]

@@ -102,17 +102,3 @@ def deal(rows: Sequence[TrainRow], batches: Sequence[list[TrainRow]], n_each: in
 def predicted(rows: Sequence[TrainRow]) -> list[tuple[int, int]]:
     """Return where answers are predicted: the row, and which token of it."""
     return [(i, t - 1) for i, row in enumerate(rows) for t, is_answer in enumerate(row.supervised) if is_answer]
-
-
-def micro_batches(rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
-    """Split a batch so that no part holds more than `max_tokens` tokens (a lone row may)."""
-    parts: list[list[TrainRow]] = []
-    held = 0
-    for row in rows:
-        if parts and held + len(row.ids) <= max_tokens:
-            parts[-1].append(row)
-            held += len(row.ids)
-        else:
-            parts.append([row])
-            held = len(row.ids)
-    return parts

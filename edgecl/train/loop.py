@@ -24,7 +24,7 @@ from edgecl_convert import Adapter, GgufFile
 from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
 from ..shape import read_shape
-from .batches import TrainRow, asked_otherwise, micro_batches, night_batches, usable
+from .batches import TrainRow, asked_otherwise, night_batches, usable
 from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
 from .decoder import Decoder
 from .head import NTH, Sample
@@ -32,7 +32,8 @@ from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import anchors, answer_loss, backward
 from .optimizer import AdamW
-from .plan import Plan, Typical, forget_kernels, plan_memory, plan_time
+from .packing import micro_batches
+from .plan import Plan, Typical, forget_kernels, plan_memory, plan_time, resident_set
 from .rehearsal import EVENLY, RECIPE, Rehearsal
 from .schedule import learning_rate
 from .weights import placement, threads_beside_the_assistant
@@ -158,16 +159,17 @@ class _Run:
             )
         self.batches = self._batches()
         self.rehearsal, self.evenly_until = Rehearsal(self.replay), round(EVENLY * len(self.batches))
-        self.place = placement()
+        self.place = placement(limits.n_gpu_layers)
         n_held = math.ceil(len(self.batches) / EVERY)
         texts = list(night.anchor)[:n_held] if settings.anchor_weight else []
         self.facts = self._facts()  # of the rows as they are dealt now: some are dealt again
+        held = resident_set()
         found = read_checkpoint(night.checkpoint, self.facts) if night.checkpoint else None
 
         longest_text = max((len(ids) for ids in texts), default=0)
         shape = read_shape(gguf)
         micro_tokens = found[1]["micro_tokens"] if found else 0
-        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, longest_text, micro_tokens)
+        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, longest_text, held, micro_tokens)
         if plan.few_kernels:
             forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)

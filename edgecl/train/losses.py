@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .batches import TrainRow, micro_batches, predicted
+from .batches import TrainRow, predicted
 from .decoder import Decoder
 from .forward import hidden_states
 from .head import NO_TOKEN, Sample, log_sum
 from .latents import VERSION, Latents, LatentStore
 from .lora import Lora
+from .packing import micro_batches
 from .weights import Weights
 
 ANCHORS_AT_ONCE = 4

@@ -21,11 +21,11 @@ class AdamW:
         self.n_steps = torch.zeros((), device=flat.device)
 
     def clip(self) -> float:
-        """Shorten the gradient to at most `max_grad_norm`; return the norm that it had."""
+        """Shorten the gradient to at most `max_grad_norm`, 0 for no limit; return the norm that it had."""
         grad = self.flat.grad
         assert grad is not None
         norm = float(grad.norm())
-        if norm > self.max_grad_norm:
+        if 0 < self.max_grad_norm < norm:
             grad.mul_(self.max_grad_norm / norm)
         return norm
 

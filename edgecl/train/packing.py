@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..data import common_length
+from .batches import TrainRow, predicted
 from .decoder import Decoder, Sequenced
 from .ops import Bucket, Lines
 
@@ -134,6 +135,24 @@ def _before(rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]]) ->
     for i, t in wanted:
         n_before[i] = min(n_before[i], t)
     return n_before
+
+
+def micro_batches(rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainRow]]:
+    """Split a batch so that no part takes more than `max_tokens` tokens as one sequence (a lone row may)."""
+    parts: list[list[TrainRow]] = []
+    for row in rows:
+        if parts and _n_tokens([*parts[-1], row]) <= max_tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def _n_tokens(rows: Sequence[TrainRow]) -> int:
+    """Return how many tokens rows take as one sequence, but what fills it up."""
+    ids = [row.ids for row in rows]
+    shared, paths = tree(ids, _before(ids, predicted(rows)))
+    return len(shared) + sum(len(row) - len(path) for row, path in zip(ids, paths, strict=True))
 
 
 def extent(rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]]) -> tuple[int, int, list[tuple[int, int]]]:

@@ -23,11 +23,11 @@ import torch
 from ..errors import EdgeclError
 from ..profile import TrainSettings
 from ..shape import GROUPS, Shape
-from .batches import TrainRow, micro_batches, predicted
+from .batches import TrainRow, predicted
 from .decoder import Decoder
 from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
-from .packing import extent, pack
+from .packing import extent, micro_batches, pack
 from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
@@ -40,7 +40,7 @@ FEW_KERNELS_COST = 1.05  # times as long: most are compiled anew in every step
 PART_TOKENS = 128  # one more part of a step takes as long as multiplying with so many tokens: small products are slow
 DECODING_TOKENS = {torch.bfloat16: 140, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
-MICRO_TOKENS = 768  # of the largest part of a step: a product of more rows is no faster
+MICRO_TOKENS = 768  # different ones, of the largest part of a step: a product of more rows is no faster
 PROBED_LAYERS = 5
 SPARE = 0.08  # of the memory at hand
 
@@ -53,7 +53,7 @@ class Plan:
         first_layer: the lowest layer that is trained.
         n_resident: so many layers, those nearest the head, stay decoded; resident_head: and whether the head does.
         checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
-        micro_tokens: of the parts that a step is split into.
+        micro_tokens: different ones, of the parts that a step is split into.
         few_kernels: whether oneDNN forgets its kernels from step to step.
         peak_rss_bytes, seconds: what the night will take; 0 seconds: not measured yet.
     """
@@ -96,32 +96,33 @@ def plan_memory(
     ram_bytes: int,
     batches: Sequence[Sequence[TrainRow]],
     n_anchor: int,
+    before: int,
     micro_tokens: int = 0,
 ) -> Plan:
     """Return the fastest plan whose memory fits into `ram_bytes`.
 
     Args:
         batches: rows of each step; n_anchor: tokens of a piece of general text.
+        before: bytes that the process holds already, but a checkpoint's, which are freed when it begins.
         micro_tokens: of the parts that a run which is gone on from had: it keeps them; 0: a new one.
 
     Raises:
         EdgeclError: none fits; says how much would.
     """
-    lengths = [[len(row.ids) for row in rows] for rows in batches] or [[1]]
-    step, longest = max(map(sum, lengths)), max(map(max, lengths))
+    longest = max((len(row.ids) for rows in batches for row in rows), default=1)
     extents = [_extent(rows, n_anchor) for rows in batches] or [(1, 0, [(1, 1)])]
     different = max(n_tokens for n_tokens, _, _ in extents)
     slots = max(sum(n * width for n, width in lines) for _, _, lines in extents)
     seen = max(sum(n * width * (width + n_shared) for n, width in lines) for _, n_shared, lines in extents)
     n_answers = max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
-    first, before, room = first_trained(shape, settings.depth), resident_set(), int(ram_bytes * (1 - SPARE))
+    first, room = first_trained(shape, settings.depth), int(ram_bytes * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
     least = 0
-    micros = {parts: max(min(MICRO_TOKENS, step) // parts, longest) for parts in (1, 2, 4, 8)}
+    micros = {parts: max(min(MICRO_TOKENS, different) // parts, longest) for parts in (1, 2, 4, 8)}
     micros = {parts: micro for parts, micro in micros.items() if micro == micro_tokens} or micros
     for checkpointing, few in itertools.product((False, True), (False, True)):
         for parts, micro in micros.items():
-            n_tokens = max(longest, micro * different // step) + n_anchor
+            n_tokens = micro + n_anchor
             pairs = max(seen // parts, longest * longest)
             n_predicted = min(n_answers + n_anchor, n_tokens)
             sizes = Sizes(n_tokens, slots // parts, pairs, n_predicted)
@@ -133,7 +134,7 @@ def plan_memory(
             n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
             held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
             plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
-            plans.append((_cost(shape, plan, step, DECODING_TOKENS[place.dtype]), plan))
+            plans.append((_cost(shape, plan, different, DECODING_TOKENS[place.dtype]), plan))
     if not plans:
         wanted = int(least / (1 - SPARE)) + 1
         raise EdgeclError(
@@ -278,6 +279,8 @@ def _seconds(work: Callable[[], None]) -> float:
     for _ in range(3):
         began = time.perf_counter()
         work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # until then it is only begun
         times.append(time.perf_counter() - began)
     return min(times)
 

@@ -35,10 +35,11 @@ class Placement:
     dtype: torch.dtype
 
 
-def placement() -> Placement:
-    """Return CUDA in bfloat16 where torch sees a device that has it, else the CPU in what it multiplies fastest."""
-    if torch.cuda.is_available():
-        return Placement(torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
+def placement(n_gpu_layers: int) -> Placement:
+    """Return CUDA, where torch sees it and models may use it, or the CPU; bfloat16 where that is multiplied fast."""
+    if n_gpu_layers and torch.cuda.is_available():
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Placement(torch.device("cuda"), torch.bfloat16 if is_fast else torch.float32)
     return Placement(torch.device("cpu"), torch.bfloat16 if bf16_is_fast() else torch.float32)
 
 
@@ -124,6 +125,7 @@ class Weights:
     def _rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
         info = self.gguf.tensors[name]
         rows = dequantize(self.gguf.blocks(name)[np.asarray(ids)], info.qtype, info.shape[-1])
+        self.gguf.release(name)
         return torch.from_numpy(rows).to(self.place.device)
 
     def _empty(self, rows: int, columns: int) -> torch.Tensor:

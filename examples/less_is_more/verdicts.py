@@ -5,7 +5,10 @@ r"""What a grid of streams says of each claim of "When Less is More" (8-bit cont
     python examples/less_is_more/verdicts.py CELLS DATA --test-limit 100 [--bench bench.json] [--out DIR]
 
 CELLS holds a JSON file for each finished cell. A gap is of the same test rows under the same seed, twice; its interval is a 95%
-bootstrap over them. `bench.json`: {"f16": ..., "int8": ..., "int4": ...}, each what `edgecl bench --json` printed.
+bootstrap over them. Where a claim is of several shares or precisions, a row counts once, with its mean over them: what is right
+of it at one says much of the others.
+
+`bench.json`: {"f16": ..., "int8": ..., "int4": ...}, each what `edgecl bench --json` printed.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,11 @@ class Grid:
         rows = [self._cells[arm, share, seed]["rows"][after][self.tasks[task]]["right"] for seed in self.seeds]
         return np.array([float(digit) for row in rows for digit in row])
 
+    def mean_right(self, arms: Sequence[str], shares: Sequence[float], after: int, task: int) -> FloatArray:
+        """Return how often each of a task's test rows was right after a stage, of cells of several precisions and shares."""
+        right = [self.right(arm, share, after, task) for arm in arms for share in shares]
+        return np.asarray(np.mean(right, axis=0), np.float64)
+
 
 def main() -> None:
     """Write verdicts.json and the pictures; print the verdicts as a Markdown table."""
@@ -111,7 +119,7 @@ def beats_majority(grid: Grid, data: Path, limit: int, task: int) -> bool:
 
 def compared(claim: str, part: str, more: FloatArray, less: FloatArray, holds: Callable[[float, float], bool]) -> Verdict:
     """Return the verdict of a paired gap `more` - `less`; `holds` is told the gap and the low end of its interval."""
-    gap, low, high = paired_interval(less, more)
+    gap, low, high = (round(x, 6) + 0.0 for x in paired_interval(less, more))  # means of thirds miss zero by 1e-18
     return Verdict(claim, part, gap, low, high, "replicated" if holds(gap, low) else "not replicated")
 
 
@@ -133,7 +141,7 @@ def later_tasks(grid: Grid, usable: dict[int, bool]) -> list[Verdict]:
         for arm in grid.arms:
             if arm == "f16":
                 continue
-            more, less = (np.concatenate([grid.right(a, share, task, task) for share in grid.shares]) for a in (arm, "f16"))
+            more, less = (grid.mean_right([a], grid.shares, task, task) for a in (arm, "f16"))
             part = f"{ARMS[arm]} − F16, {grid.tasks[task]}, all shares"
             verdict = compared(claim, part, more, less, lambda gap, low: low > 0 and gap >= 0.08)
             verdict.verdict = verdict.verdict if usable[task] else "not testable: not above its commonest answer"
@@ -163,7 +171,7 @@ def balance(grid: Grid) -> list[Verdict]:
     claim, last = "INT8 is the best balance", len(grid.tasks) - 1
 
     def final(arm: str) -> FloatArray:
-        return np.concatenate([grid.right(arm, share, last, task) for share in grid.shares for task in range(last + 1)])
+        return np.concatenate([grid.mean_right([arm], grid.shares, last, task) for task in range(last + 1)])
 
     return [
         compared(claim, f"Q8_0 − {ARMS[arm]}, all tasks at the end", final("int8"), final(arm), lambda gap, low: low > 0)
@@ -180,7 +188,7 @@ def sufficient(grid: Grid, usable: dict[int, bool]) -> list[Verdict]:
             continue
         claim = f"{enough:.0%} replay suffices for {grid.tasks[task]}"
         most = grid.shares[-1]
-        less, more = (np.concatenate([grid.right(arm, share, last, task) for arm in grid.arms]) for share in (enough, most))
+        less, more = (grid.mean_right(grid.arms, [share], last, task) for share in (enough, most))
         verdict = compared(claim, f"{enough:.0%} − {most:.0%} at the end", less, more, lambda gap, low: low > -0.05)
         verdict.verdict = verdict.verdict if usable[task] else "not testable: not above its commonest answer"
         out.append(verdict)
@@ -196,7 +204,7 @@ def less_replay(grid: Grid, usable: dict[int, bool]) -> list[Verdict]:
         return []
 
     def kept(arm: str) -> FloatArray:
-        return np.concatenate([grid.right(arm, share, last, task) for share in shares for task in tasks])
+        return np.concatenate([grid.mean_right([arm], shares, last, task) for task in tasks])
 
     names = ", ".join(grid.tasks[task] for task in tasks)
     part = f"{names} at the end, replay {shares[0]:.1%} to {shares[-1]:.0%}"
