@@ -33,7 +33,7 @@ from .lora import Lora
 from .losses import anchors, answer_loss, backward
 from .optimizer import AdamW
 from .packing import micro_batches
-from .plan import Plan, Typical, forget_kernels, plan_memory, plan_time, resident_set
+from .plan import MICRO_TOKENS, Plan, Typical, forget_kernels, plan_memory, plan_time, resident_set
 from .rehearsal import EVENLY, RECIPE, Rehearsal
 from .schedule import learning_rate
 from .weights import placement, threads_beside_the_assistant
@@ -249,7 +249,7 @@ class _Run:
 
     def _facts(self) -> Facts:
         """Return what this run depends on; limits change where it stops, not where it goes."""
-        told = [asdict(self.settings), RECIPE, sorted(self.night.in_blocks), NTH if self.night.samples else 0]
+        told = [asdict(self.settings), RECIPE, MICRO_TOKENS, sorted(self.night.in_blocks), NTH if self.night.samples else 0]
         digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=16)
         for row in (row for batch in self.batches for row in batch):
             digest.update(np.array([len(row.ids), *row.ids, *row.supervised], np.int64).tobytes())

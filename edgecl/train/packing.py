@@ -50,7 +50,7 @@ def tree(rows: Sequence[Sequence[int]], n_before: Sequence[int]) -> Tree:
     """Return what at least LEAST rows begin with, of the first `n_before` tokens of each."""
     begins = [list(row[:n]) for row, n in zip(rows, n_before, strict=True)]
     in_order = sorted(range(len(rows)), key=begins.__getitem__)  # rows that begin alike are neighbours
-    least = min(LEAST, max(2, len(rows)))
+    least = min(LEAST, max(2, sum(map(bool, begins))))  # an anchor, of which all is predicted, begins like no row
     n_shared = [0] * len(rows)
     for at in range(len(rows) - least + 1):
         neighbours = in_order[at : at + least]
@@ -141,14 +141,14 @@ def micro_batches(rows: Sequence[TrainRow], max_tokens: int) -> list[list[TrainR
     """Split a batch so that no part takes more than `max_tokens` tokens as one sequence (a lone row may)."""
     parts: list[list[TrainRow]] = []
     for row in rows:
-        if parts and _n_tokens([*parts[-1], row]) <= max_tokens:
+        if parts and count_tokens([*parts[-1], row]) <= max_tokens:
             parts[-1].append(row)
         else:
             parts.append([row])
     return parts
 
 
-def _n_tokens(rows: Sequence[TrainRow]) -> int:
+def count_tokens(rows: Sequence[TrainRow]) -> int:
     """Return how many tokens rows take as one sequence, but what fills it up."""
     ids = [row.ids for row in rows]
     shared, paths = tree(ids, _before(ids, predicted(rows)))

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from edgecl_convert.ggml import cpu_words
+
 from ..errors import EdgeclError
 from ..profile import TrainSettings
 from ..shape import GROUPS, Shape
@@ -27,16 +29,20 @@ from .batches import TrainRow, predicted
 from .decoder import Decoder
 from .head import NO_TOKEN, Sample, log_sum
 from .lora import Lora
-from .packing import extent, micro_batches, pack
+from .packing import count_tokens, extent, micro_batches, pack
 from .weights import HEAD_PART, Placement
 
 DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
-# what kernels and the allocator keep, measured over nights of 300 rows without and with an anchor, which rides along in some
-# steps and so doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
-KERNEL_BYTES = {torch.bfloat16: (150_000_000, 240_000_000), torch.float32: (100_000_000, 100_000_000)}
+# what kernels keep, measured over nights of 300 rows without and with an anchor, which rides along in some steps and so
+# doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
+KERNEL_BYTES = {torch.bfloat16: (130_000_000, 220_000_000), torch.float32: (80_000_000, 80_000_000)}
 FEW_KERNELS = 32  # that oneDNN keeps where memory is short: those of a step, instead of all
-FEW_KERNELS_BYTES = {torch.bfloat16: (130_000_000, 205_000_000), torch.float32: (100_000_000, 100_000_000)}
-FEW_KERNELS_COST = 1.05  # times as long: most are compiled anew in every step
+FEW_KERNELS_BYTES = {torch.bfloat16: (110_000_000, 185_000_000), torch.float32: (80_000_000, 80_000_000)}
+IN_PIECES = (
+    0.25  # of what a step keeps for its backward pass: the allocator has so much more, in pieces that the next cannot use
+)
+# most are compiled anew then in every step: as long as multiplying with so many tokens, for each part; those of AMX take longer
+COMPILING_TOKENS, COMPILING_TOKENS_AMX = 10, 70
 PART_TOKENS = 128  # one more part of a step takes as long as multiplying with so many tokens: small products are slow
 DECODING_TOKENS = {torch.bfloat16: 140, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
@@ -120,6 +126,8 @@ def plan_memory(
     least = 0
     micros = {parts: max(min(MICRO_TOKENS, different) // parts, longest) for parts in (1, 2, 4, 8)}
     micros = {parts: micro for parts, micro in micros.items() if micro == micro_tokens} or micros
+    largest = max(batches, key=count_tokens, default=[])
+    steps = {parts: [count_tokens(part) for part in micro_batches(largest, micro)] or [1] for parts, micro in micros.items()}
     for checkpointing, few in itertools.product((False, True), (False, True)):
         for parts, micro in micros.items():
             n_tokens = micro + n_anchor
@@ -134,7 +142,7 @@ def plan_memory(
             n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
             held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
             plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
-            plans.append((_cost(shape, plan, different, DECODING_TOKENS[place.dtype]), plan))
+            plans.append((_cost(shape, plan, steps[parts], place.dtype), plan))
     if not plans:
         wanted = int(least / (1 - SPARE)) + 1
         raise EdgeclError(
@@ -151,14 +159,16 @@ def _extent(rows: Sequence[TrainRow], n_anchor: int) -> tuple[int, int, list[tup
     return n_tokens - n_anchor, n_shared, lines
 
 
-def _cost(shape: Shape, plan: Plan, n_tokens: int, decoding: int) -> float:
-    """Return what the trained layers and decoding cost a step, in weights that a token is multiplied with."""
+def _cost(shape: Shape, plan: Plan, parts: Sequence[int], dtype: torch.dtype) -> float:
+    """Return what layers and decoding cost a step whose parts have so many tokens, in weights times tokens."""
     n_trained = plan.n_layer - plan.first_layer
-    passes, n_parts = 3 if plan.checkpointing else 2, -(-n_tokens // plan.micro_tokens)
+    passes, n_parts = 3 if plan.checkpointing else 2, len(parts)
     decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
     decoded += (not plan.resident_head) * shape.n_vocab * shape.width
-    multiplied = (n_tokens + PART_TOKENS * (n_parts - 1)) * passes * n_trained * shape.layer_weights
-    return (multiplied + decoding * decoded * n_parts) * (FEW_KERNELS_COST if plan.few_kernels else 1.0)
+    has_amx = dtype == torch.bfloat16 and "amx_bf16" in cpu_words()
+    compiling = n_parts * (COMPILING_TOKENS_AMX if has_amx else COMPILING_TOKENS) if plan.few_kernels else 0
+    multiplied = (sum(parts) + PART_TOKENS * (n_parts - 1) + compiling) * passes * n_trained * shape.layer_weights
+    return multiplied + DECODING_TOKENS[dtype] * decoded * n_parts
 
 
 def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> tuple[int, bool]:
@@ -204,7 +214,7 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
     kept = n_trained * e * n_tokens * shape.width + of_a_layer + at_work if checkpointing else n_trained * of_a_layer + at_work
     scratch = e * shape.layer_weights + e * HEAD_PART
     head = sizes.n_predicted * (HEAD_PART // shape.width) * (4 + 2 * e)
-    return n_adapter * ADAPTER_BYTES + kept + biases + scratch + head
+    return n_adapter * ADAPTER_BYTES + round((1 + IN_PIECES) * kept) + biases + scratch + head
 
 
 @dataclass(frozen=True)
