@@ -8,7 +8,7 @@ EdgeclError                       the base: catch this one
 ├── EngineError                   llama.cpp could not load or run a model
 ├── Diverged                      training came to a loss that is not a number: the night is refused (exit code 3)
 ├── StageError                    a child process (train, merge, measure) failed, crashed or ran out
-├── NothingToLearn                no pending example (exit code 4)
+├── NothingToLearn                no pending example, or none that was not refused before (exit code 4)
 └── NotNow                        the machine is not free, or another night is running; a night goes on later (exit code 75)
 
 A refused night is not an error: it is `AdaptReport(accepted=False, reason=...)`.
@@ -73,7 +73,7 @@ class StageError(EdgeclError):
 
 
 class NothingToLearn(EdgeclError):
-    """There is no pending example."""
+    """There is no pending example, or there are only those with which a night was refused before."""
 
     exit_code = 4
 

@@ -28,6 +28,7 @@ from .lock import night_lock
 from .night import AdaptReport
 from .rebuild import restore
 from .rows import ROLES, Stored, without_task
+from .tries import clear_try
 
 
 @dataclass
@@ -84,6 +85,7 @@ def forget(learner: Learner, ids: Collection[int], task: str = "") -> list[int]:
         numbers = _trained_from(learner, learned)
         if ids:
             shutil.rmtree(learner.home / "runs", ignore_errors=True)
+            clear_try(learner.home)  # an error may quote a row
             learner.generations.clear_drafts()
         learner.store.forget(ids, [learner.generations.hash_of(n) for n in numbers], task)
         for number in _silent_askers(learner):  # with those of an earlier call that was cut short

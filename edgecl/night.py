@@ -15,7 +15,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +30,7 @@ from .gate import TaskResult, judge
 from .generations import ASKER, Generation, Generations, Manifest, now, sha256_file, unpublished
 from .measure import KLD, Meter, mean_loss, record_of
 from .metrics import survival
-from .parts import compared, measured_on, swapped, without
+from .parts import compared, examples_of, measured_on, swapped
 from .profile import Profile, Settings
 from .replay import choose, quota
 from .rows import Stored
@@ -55,6 +55,7 @@ class AdaptReport:
         survival: share of the adapter's gain that each merged file keeps, by quant; "adapter" is 1 by definition.
         losses: answer loss on tonight's rows in nats: before, of the unmerged adapter, of each merged file.
         results: every measured task, before and after.
+        train: what training said; its no_asker, why the night has none.
         prose: nats per token of unrelated prose: base, before, after; kld: of tonight's file from the base, nats per token.
         n_written: rows that models wrote for rehearsal, n_reworded: other wordings of new rows, both in write_s seconds.
         ask_s: of training the asker, which says what tonight was asked; train_s: the adapter, which answers.
@@ -126,13 +127,14 @@ class Night:
         new = self._begun(yesterday, new)
         unknown = self.generations.unknown(yesterday)  # what was rolled back is not rehearsed
         replay = [row for row in self.store.rows("replay") if row.generation not in unknown]
-        parts = measured_on(new, self.store.rows("heldout"), replay, self._known(unknown))
-        rows = [row for part in parts for row in part.rows]
+        heldout, known = self.store.rows("heldout"), self._known(yesterday)
+        is_small = len(new) <= SMALL
+        rows = examples_of(measured_on(new, heldout, replay, known, is_small))
         report = self.report
-        report.n_new, report.n_replay, is_small = len(new), len(replay), len(new) <= SMALL
+        report.n_new, report.n_replay = len(new), len(replay)
         draft = self.generations.draft()
         try:
-            before, report.prose["before"] = self.meter.measure(yesterday, rows)
+            _, report.prose["before"] = self.meter.measure(yesterday, rows)
             report.prose["base"] = self.meter.measure(self.generations.load(0), [])[1]
             self._train(draft, yesterday, new, replay, self._write(yesterday, new))
             left_out = [new[i] for i in report.train["left_out"]]
@@ -146,8 +148,10 @@ class Night:
                 )
             if not learned:
                 raise EdgeclError("the night had no time to train on a single row; raise minutes (profile, `--minutes`)")
-            parts = without(parts, [new[i] for i in unused])
-            taught = [row for part in parts if part.learning for row in part.rows]
+            parts = measured_on(learned, heldout, replay, known, is_small)
+            rows = examples_of(parts)
+            before = self.meter.scores(yesterday, rows)  # known, but of rows that stand for others which were not met
+            taught = examples_of([part for part in parts if part.learning])
             report.losses["before"] = mean_loss(before, taught)
             tonight = self._merge(draft, taught)
             swaps = [swapped(part.rows) if part.learning and not is_small else [] for part in parts]
@@ -160,7 +164,7 @@ class Night:
                 raise
             report.reason = str(error)
             if getattr(error, "exit_code", 1) == Diverged.exit_code:
-                return self._refuse(draft, new, yesterday)
+                return self._refuse(draft, yesterday, new)
             log = {"log": error.log} if isinstance(error, StageError) else {}
             self.store.record_night(None, False, report.reason, report.as_dict() | log)
             if isinstance(error, EdgeclError):
@@ -174,7 +178,7 @@ class Night:
         report.verdict = "; ".join(verdict.reasons) or "nothing got worse"
         if not verdict.accepted and self.gate == "enforce":
             report.reason = report.verdict
-            return self._refuse(draft, new, yesterday)
+            return self._refuse(draft, yesterday, new)
         try:
             self._publish(draft, tonight, yesterday, new, learned, left_out)
         finally:
@@ -199,15 +203,20 @@ class Night:
         write_atomic(path, json.dumps([of, [row.id for row in new]]))
         return new
 
-    def _known(self, unknown: Collection[int]) -> set[str]:
-        """Return the tasks that a night, which was not rolled back, was measured to get better at, on held-out rows."""
-        nights = [night for night in self.store.nights() if night["accepted"] and night["generation"] not in unknown]
-        results = [result for night in nights for result in night["report"].get("results", ())]
-        return {result["task"] for result in results if result["learning"] and result["kind"] == "heldout"}
+    def _known(self, yesterday: Generation) -> set[str]:
+        """Return the tasks that yesterday's model, or one that it goes back to, got better at on held-out rows."""
+        found = set()
+        for night in self.generations.lineage(yesterday):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # the base has no report; one may be damaged
+                results = json.loads((night.folder / "report.json").read_bytes())["results"]
+                taught = [r for r in results if r["learning"] and r["kind"] == "heldout"]
+                found |= {r["task"] for r in taught if r["loss_high"] < 0 or r["accuracy_after"] == 1.0}
+        return found
 
-    def _refuse(self, draft: Path, new: list[Stored], yesterday: Generation) -> AdaptReport:
-        report = self.report
-        report.refused = tried(self.settings, self.profile, yesterday, new)
+    def _refuse(self, draft: Path, yesterday: Generation, new: list[Stored]) -> AdaptReport:
+        report, told = self.report, replace(self.profile, minutes=self.minutes, ram_bytes=self.limits.ram_bytes)
+        rows = [*new, *self.store.rows("heldout"), *self.store.rows("replay")]
+        report.refused = tried(self.settings, told, yesterday, rows)
         self.store.record_night(None, False, report.reason, report.as_dict())
         shutil.rmtree(draft, ignore_errors=True)
         self._forget_run()
@@ -358,9 +367,9 @@ def kept_ids(learned: Sequence[Stored], share: float, number: int) -> list[int]:
     return [learned[i].id for i in rows]
 
 
-def tried(settings: Settings, profile: Profile, yesterday: Generation, new: Sequence[Stored]) -> str:
-    """Return a digest of what a night comes of: of the same comes the same."""
-    facts = [asdict(settings), asdict(profile), yesterday.hash, [record_of(row.example) for row in new]]
+def tried(settings: Settings, profile: Profile, yesterday: Generation, rows: Sequence[Stored]) -> str:
+    """Return a digest of what a night comes of, its new, held-out and kept rows: of the same comes the same."""
+    facts = [asdict(settings), asdict(profile), yesterday.hash, [record_of(row.example) for row in rows]]
     return sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -44,7 +44,7 @@ def nightly(
         told: why the night is to yield now whatever the machine says, such as a signal that came; "" while it need not.
 
     Raises:
-        NothingToLearn: no pending rows, or the same that the gate refused before: it would again.
+        NothingToLearn: no pending rows, or the same as in a night that was refused: it would be again.
         NotNow: the machine is not free, or stopped being it; what was done so far is kept.
         EdgeclError: a stage failed; yesterday's model serves still, no row is lost, and the history has reason and log.
     """
@@ -54,12 +54,12 @@ def nightly(
             sensors.recall(note["keyboard"])
     try:
         report = _sitting(learner, _Contract(learner, sensors, told), progress)
-    except NothingToLearn:
-        clear_try(learner.home)
-        raise
     except (EdgeclError, OSError) as error:
         with suppress(OSError, ConvertError):
-            note_try(learner.home, now(), str(error), sensors.keyboard)
+            if isinstance(error, NothingToLearn) and not learner.store.rows("pending"):
+                clear_try(learner.home)
+            else:
+                note_try(learner.home, now(), str(error), sensors.keyboard)
         raise
     clear_try(learner.home)
     return report
@@ -67,7 +67,8 @@ def nightly(
 
 def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -> AdaptReport:
     if pending := learner.store.rows("pending"):
-        digest = tried(learner.settings, learner.profile, learner.generations.current(), pending)
+        rows = [*pending, *learner.store.rows("heldout"), *learner.store.rows("replay")]
+        digest = tried(learner.settings, learner.profile, learner.generations.current(), rows)
         for night in learner.store.nights():
             if night["report"].get("refused") == digest:
                 raise NothingToLearn(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from .data import Example
 from .gate import FEW, TaskResult
 from .rows import Scored, Stored
-from .writers import SMALL
 
 MANY = 64  # rows tell whether a night learned what it was given
 OF_FEW = "tasks of few rows"
@@ -33,23 +32,24 @@ class Part:
 
 
 def measured_on(
-    new: Sequence[Stored], heldout: Sequence[Stored], replay: Sequence[Stored], known: Collection[str] = ()
+    new: Sequence[Stored], heldout: Sequence[Stored], replay: Sequence[Stored], known: Collection[str], is_small: bool
 ) -> list[Part]:
     """Return what a night is measured on.
 
     What a task had before, its held-out rows or else those it rehearses, must not get worse.
 
     Args:
+        new: what the night learns, or has learned.
         known: tasks that an earlier night was measured to get better at, on held-out rows.
+        is_small: a night of corrections.
     """
     own, held, kept = (_by_task(rows) for rows in (new, heldout, replay))
     parts = []
     for task in {**held, **own, **kept}:
         came_along = task in own and task in held and held[task][-1].id > own[task][0].id
-        is_taught = came_along and len(new) > SMALL and task not in known
+        is_taught = came_along and not is_small and task not in known
         if task in own and not is_taught:
-            step = -(-len(own[task]) // MANY)
-            parts.append(_part("learned", True, own[task][::step]))
+            parts.append(_part("learned", True, sorted(own[task], key=lambda row: row.example.hash)[:MANY]))
         if task in held:
             parts.append(_part("heldout", is_taught, held[task]))
         elif task in kept:
@@ -69,11 +69,9 @@ def _part(kind: str, learning: bool, rows: Sequence[Stored]) -> Part:
     return Part(rows[0].example.task, kind, learning, [row.example for row in rows])
 
 
-def without(parts: Sequence[Part], unused: Sequence[Stored]) -> list[Part]:
-    """Return parts without rows that were not trained on, and without those that have no others."""
-    gone = {row.example for row in unused}
-    kept = [replace(part, rows=[row for row in part.rows if row not in gone]) for part in parts]
-    return [part for part in kept if part.rows]
+def examples_of(parts: Sequence[Part]) -> list[Example]:
+    """Return the rows of all parts."""
+    return [row for part in parts for row in part.rows]
 
 
 def swapped(rows: Sequence[Example]) -> Pairs:
@@ -106,7 +104,7 @@ def compared(
         then, since = outcomes(part.rows, before), outcomes(part.rows, after)
         out.append(TaskResult.paired(part.task, part.kind, part.learning, then, since, swap))
     few = [part for part in parts if not part.learning and len(part.rows) < FEW]
-    rows = [row for part in few for row in part.rows]
+    rows = examples_of(few)
     if len(rows) >= FEW:
         out.append(TaskResult.paired(OF_FEW, few[0].kind, False, outcomes(rows, before), outcomes(rows, after)))
     return out

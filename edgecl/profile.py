@@ -40,7 +40,7 @@ class Profile:
         quant: what `edgecl init` is to serve where it is not told.
         n_ctx: tokens of the served context; longer examples are cut from the left of the prompt.
         n_batch: prompt tokens that llama.cpp decodes at once.
-        n_gpu_layers: layers that llama.cpp keeps on a GPU; -1 is all.
+        n_gpu_layers: layers that llama.cpp keeps on a GPU; -1 is all. Training takes CUDA where it is not 0.
         cmake_args: CMAKE_ARGS with which llama.cpp is to be built for such a machine; for people, nothing here reads it.
         nice: added to the niceness of a night's child processes; above 0 they also run at SCHED_IDLE, on cores that nobody
             else wants, so that an answer need not wait for them.

@@ -101,6 +101,14 @@ def night_from(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"accepted": bool(row["accepted"]), "report": json.loads(row["report"])}
 
 
+def without_rows(night: dict[str, Any], has_rows: bool, task: str) -> dict[str, Any]:
+    """Return a night without what it may say of rows that are forgotten now, if there are any, and of a task; "": none."""
+    if has_rows and not night["accepted"] and not night["report"].get("verdict"):  # it ended in an error
+        return night | {"reason": "an error, forgotten with a row", "report": {}}
+    kept = {key: value for key, value in night["report"].items() if not (has_rows and key == "refused")}  # a digest of texts
+    return without_task(night | {"report": kept}, task) if task else night | {"report": kept}
+
+
 def without_task(night: dict[str, Any], task: str) -> dict[str, Any]:
     """Return a night without the name of a task in its results and in what the gate said."""
 

@@ -32,7 +32,7 @@ from sqlite_utils import Database
 from .data import Example
 from .errors import DataError, StoreError
 from .migrations import migrations, unknown_steps
-from .rows import ROLES, Added, Scored, Stored, columns_of, heldout_quota, night_from, scored_from, stored_from, without_task
+from .rows import ROLES, Added, Scored, Stored, columns_of, heldout_quota, night_from, scored_from, stored_from, without_rows
 
 PENDING = "id = ? and role = 'pending'"
 AGAIN = "update examples set role = 'pending', generation = null"
@@ -265,9 +265,7 @@ class Store:
             self._db.table("forgotten").insert_all(({"generation": hash_} for hash_ in generations), ignore=True)
             is_gone = task and not self._count("task = ?", [task])
             for night in self.nights():
-                if ids and not night["accepted"] and not night["report"].get("verdict"):  # it ended in an error
-                    night |= {"reason": "an error, forgotten with a row", "report": {}}
-                said = without_task(night, task) if is_gone else night
+                said = without_rows(night, bool(ids), task if is_gone else "")
                 self._db.table("nights").update(night["id"], {"reason": said["reason"], "report": json.dumps(said["report"])})
         then = "the rows are deleted; run `edgecl forget` again to take out the last of them"
         with self._translated("is not clean yet", then):

@@ -1,4 +1,4 @@
-"""The last try of a night that was not its time, or that yielded: why, and what keyboards had counted then.
+"""The last try of a night that came to no end, whatever kept it from one: why, and what keyboards had counted then.
 
 A file of the home, `last-try.json`, until a night comes to its end. It is a note: one that cannot be read is none.
 """

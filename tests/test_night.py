@@ -421,6 +421,12 @@ def test_a_night_whose_answers_do_not_belong_to_their_questions_is_refused(tmp_p
         lines = [json.dumps({"prompt": word, "completion": answer}) for word, answer in zip(words, answers, strict=True)]
         learner.observe(lines)
         report = learner.adapt()
+        if belong:
+            more = ["".join(letters) for letters in itertools.product("ahint", repeat=3)][1::2]
+            answers = ["left" if word[-1] in "ah" else "right" for word in more]
+            learner.observe([json.dumps({"prompt": q, "completion": a}) for q, a in zip(more, answers, strict=True)])
+            kinds = [(result.kind, result.learning, result.swap_cost is not None) for result in learner.adapt().results]
+            assert kinds == [("learned", True, True), ("heldout", False, False)], "what it got better at need not get better"
     (result,) = report.results
     assert result.kind == "heldout" and result.loss_high < 0, "the model learned what answers look like, either way"
     assert report.accepted == belong

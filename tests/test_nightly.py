@@ -220,13 +220,15 @@ def test_a_night_that_was_refused_is_not_run_again_until_something_is_new(home: 
     machine = Machine(home.parent / "machine")
     with Learner(home) as learner:
         learner.settings = replace(learner.settings, gate=replace(GATE, max_prose_nats=-100.0))
-        assert not nightly(learner, machine.sensors).accepted
+        assert not learner.adapt(minutes=30.0).accepted
+        assert not nightly(learner, machine.sensors).accepted, "in another time it might have been"
         with monkeypatch.context() as patch:
             patch.setattr(night, "run_stage", lambda *_: pytest.fail("a stage was run"))
             with pytest.raises(NothingToLearn, match=r"these 3 rows was refused \(general ability fell"):
                 nightly(learner, machine.sensors)
+        assert "these 3 rows was refused" in learner.status()["last_try"]["reason"]
         learner.observe([json.dumps({"prompt": "in tea", "completion": "right"})])
-        assert not nightly(learner, machine.sensors).accepted and len(learner.history()) == 2
+        assert not nightly(learner, machine.sensors).accepted and len(learner.history()) == 3
         learner.settings = replace(learner.settings, gate=GATE)
         assert nightly(learner, machine.sensors).accepted
 

@@ -23,7 +23,7 @@ def test_many_rows_are_measured_on_held_out_ones_and_a_few_on_themselves() -> No
     replay = rows(a=7, b=1, c=2, d=3, e=1)
 
     def measured(*new: Stored) -> list[tuple[str, str, bool, int]]:
-        parts = measured_on(new, [*along, *older], replay)
+        parts = measured_on(new, [*along, *older], replay, (), len(new) <= SMALL)
         assert {row for part in parts for row in part.rows} <= {row.example for row in (*new, *older, *along, *replay)}
         return [(part.task, part.kind, part.learning, len(part.rows)) for part in parts]
 
@@ -51,7 +51,7 @@ def test_a_question_gets_the_answer_of_the_next_row_that_has_another() -> None:
 def test_more_of_a_task_that_a_night_got_better_at_is_learned_itself_and_must_not_get_worse() -> None:
     rows = [Stored(i, "", Example((("user", f"{i}"), ("assistant", "a")), "a")) for i in range(5 * MANY)]
     new, held = rows[: 4 * MANY - 1], rows[4 * MANY :]
-    first, more = (measured_on(new, held, [], known) for known in ((), {"a"}))
+    first, more = (measured_on(new, held, [], known, False) for known in ((), {"a"}))
     assert [(part.kind, part.learning, len(part.rows)) for part in first] == [("heldout", True, MANY)]
     assert [(part.kind, part.learning, len(part.rows)) for part in more] == [("learned", True, MANY), ("heldout", False, MANY)]
 

@@ -32,6 +32,7 @@ from edgecl.generations import now, sha256_file
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.rows import ROLES
 from edgecl.store import Store
+from edgecl.tries import note_try
 from edgecl.writers import Writers
 from tests import tiny
 
@@ -39,6 +40,7 @@ TRAIN = TrainSettings(r=4, lora_alpha=8.0, epochs=1, min_steps=3, depth=0.5, lea
 GATE = GateSettings(max_drop=1.0, min_recall=0.0, max_prose_nats=100.0, min_survival=0.0)
 REPLAY = ReplaySettings(share=1.0, written=8)
 SECRET = "Zanzibar-42"
+DIGEST = "5ecre7" * 8  # of rows that a night was refused with
 NIGHTS = [{"anne": "left", "the inn": "right"}, {f"a {SECRET} hen": f"in {SECRET}", "then": "on"}]
 NETWORK = {"aiohttp", "asyncio", "ftplib", "http", "httplib2", "httpx", "huggingface_hub", "imaplib", "paramiko", "poplib"}
 NETWORK |= {"multiprocessing.connection", "requests", "smtplib", "socket", "socketserver", "ssl", "telnetlib", "urllib"}
@@ -151,7 +153,8 @@ def test_what_is_forgotten_is_in_no_file_any_more(home: Path) -> None:
     with Learner(home) as learner:
         learner.observe(lines({f"{SECRET} pending": "a"}) + lines({f"q{i}": SECRET for i in range(20)}, "u"))
         learner.store.record_night(None, False, f"train: bad row {SECRET}", {"log": f"Traceback {SECRET}"})
-        learner.store.record_night(None, False, "math: no gain", {"verdict": "math: no gain"})
+        learner.store.record_night(None, False, "math: no gain", {"verdict": "math: no gain", "refused": DIGEST})
+        note_try(home, "2026-03-01T03:00:00+00:00", f"train: bad row {SECRET}", {})
         (home / "runs/checkpoint.safetensors").write_bytes(SECRET.encode())
         draft = learner.generations.draft()
         (draft / "half").write_bytes(SECRET.encode())
@@ -159,12 +162,12 @@ def test_what_is_forgotten_is_in_no_file_any_more(home: Path) -> None:
         assert {row.role for row in rows} == {"pending", "replay", "heldout"}
         hashes = {row.example.hash.encode() for row in rows}
         data = all_bytes(home)
-        assert SECRET.encode() in data and all(hash_ in data for hash_ in hashes)
+        assert SECRET.encode() in data and all(hash_ in data for hash_ in (*hashes, DIGEST.encode()))
         assert (home / "runs/latents.db").stat().st_size > 0
 
         assert forget(learner, [row.id for row in rows]) == [2]
         data = all_bytes(home)  # the log of an open store included
-        assert SECRET.encode() not in data and not any(hash_ in data for hash_ in hashes)
+        assert SECRET.encode() not in data and not any(hash_ in data for hash_ in (*hashes, DIGEST.encode()))
         assert not (home / "runs").exists() and not draft.exists()
         assert [row.example.messages[0][1] for row in find(learner)] == ["anne", "the inn", "then"]
         assert [row["reason"] for row in learner.history()] == ["", "", "an error, forgotten with a row", "math: no gain"]

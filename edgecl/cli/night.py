@@ -32,7 +32,10 @@ def adapt(
     gate: str,
     as_json: bool,
 ) -> None:
-    """Run one night now: learn what is pending; exit code 3 if the gate refuses it."""
+    """Run one night now: learn what is pending; exit code 3 if the gate refuses it.
+
+    A night that was interrupted goes on with the rows that it began with; those that came since wait for the next one.
+    """
     with Learner(context.obj) as learner:
         if dry_run:
             counts = {t: r for t, r in learner.status()["tasks"].items() if task in (None, t) and r["pending"]}

@@ -50,7 +50,7 @@ def forget_rows(
             context.exit(0 if rows else 1)
         more = going_on(learner, rows)
         whole = task if task and contains is None else ""
-        left = left_over(learner, whole)
+        left = left_over(learner, "" if rows else whole)
         numbers = forget(learner, ids or [row.id for row in rows], whole)
         rebuild = plan(learner)
         if again and (rebuild or not (ids or searched)):

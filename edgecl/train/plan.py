@@ -36,13 +36,14 @@ DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls bac
 # what kernels keep, measured over nights of 300 rows without and with an anchor, which rides along in some steps and so
 # doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
 KERNEL_BYTES = {torch.bfloat16: (130_000_000, 220_000_000), torch.float32: (80_000_000, 80_000_000)}
+AMX_KERNEL_BYTES = (230_000_000, 345_000_000)
 FEW_KERNELS = 32  # that oneDNN keeps where memory is short: those of a step, instead of all
 FEW_KERNELS_BYTES = {torch.bfloat16: (110_000_000, 185_000_000), torch.float32: (80_000_000, 80_000_000)}
 IN_PIECES = (
     0.25  # of what a step keeps for its backward pass: the allocator has so much more, in pieces that the next cannot use
 )
 # most are compiled anew then in every step: as long as multiplying with so many tokens, for each part; those of AMX take longer
-COMPILING_TOKENS, COMPILING_TOKENS_AMX = 10, 70
+COMPILING_TOKENS, COMPILING_TOKENS_AMX = 10, 115
 PART_TOKENS = 128  # one more part of a step takes as long as multiplying with so many tokens: small products are slow
 DECODING_TOKENS = {torch.bfloat16: 140, torch.float32: 100}  # decoding a weight takes as long as multiplying it with so many
 ADAPTER_BYTES = 20  # a trained number: itself, its gradient, two moments, all float32, and what products use of it
@@ -90,6 +91,11 @@ class Plan:
         )
 
 
+def has_amx(dtype: torch.dtype) -> bool:
+    """Return whether products in a dtype are AMX's."""
+    return dtype == torch.bfloat16 and "amx_bf16" in cpu_words()
+
+
 def first_trained(shape: Shape, depth: float) -> int:
     """Return the lowest trained layer where a share `depth` of the layers is trained."""
     return shape.n_layer - max(1, round(depth * shape.n_layer))
@@ -126,6 +132,7 @@ def plan_memory(
     least = 0
     micros = {parts: max(min(MICRO_TOKENS, different) // parts, longest) for parts in (1, 2, 4, 8)}
     micros = {parts: micro for parts, micro in micros.items() if micro == micro_tokens} or micros
+    all_kernels = AMX_KERNEL_BYTES if has_amx(place.dtype) else KERNEL_BYTES[place.dtype]
     largest = max(batches, key=count_tokens, default=[])
     steps = {parts: [count_tokens(part) for part in micro_batches(largest, micro)] or [1] for parts, micro in micros.items()}
     for checkpointing, few in itertools.product((False, True), (False, True)):
@@ -134,7 +141,7 @@ def plan_memory(
             pairs = max(seen // parts, longest * longest)
             n_predicted = min(n_answers + n_anchor, n_tokens)
             sizes = Sizes(n_tokens, slots // parts, pairs, n_predicted)
-            kernels = (FEW_KERNELS_BYTES if few else KERNEL_BYTES)[place.dtype][n_anchor > 0]
+            kernels = (FEW_KERNELS_BYTES[place.dtype] if few else all_kernels)[n_anchor > 0]
             fixed = before + training_bytes(shape, place, settings.r, first, sizes, checkpointing) + kernels
             least = min(least or fixed, fixed)
             if fixed > room:
@@ -165,8 +172,7 @@ def _cost(shape: Shape, plan: Plan, parts: Sequence[int], dtype: torch.dtype) ->
     passes, n_parts = 3 if plan.checkpointing else 2, len(parts)
     decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
     decoded += (not plan.resident_head) * shape.n_vocab * shape.width
-    has_amx = dtype == torch.bfloat16 and "amx_bf16" in cpu_words()
-    compiling = n_parts * (COMPILING_TOKENS_AMX if has_amx else COMPILING_TOKENS) if plan.few_kernels else 0
+    compiling = n_parts * (COMPILING_TOKENS_AMX if has_amx(dtype) else COMPILING_TOKENS) if plan.few_kernels else 0
     multiplied = (sum(parts) + PART_TOKENS * (n_parts - 1) + compiling) * passes * n_trained * shape.layer_weights
     return multiplied + DECODING_TOKENS[dtype] * decoded * n_parts
 
