@@ -215,8 +215,7 @@ class Night:
 
     def _refuse(self, draft: Path, yesterday: Generation, new: list[Stored]) -> AdaptReport:
         report, told = self.report, replace(self.profile, minutes=self.minutes, ram_bytes=self.limits.ram_bytes)
-        rows = [*new, *self.store.rows("heldout"), *self.store.rows("replay")]
-        report.refused = tried(self.settings, told, yesterday, rows)
+        report.refused = tried(self.settings, told, yesterday, self.store, new)
         self.store.record_night(None, False, report.reason, report.as_dict())
         shutil.rmtree(draft, ignore_errors=True)
         self._forget_run()
@@ -367,8 +366,9 @@ def kept_ids(learned: Sequence[Stored], share: float, number: int) -> list[int]:
     return [learned[i].id for i in rows]
 
 
-def tried(settings: Settings, profile: Profile, yesterday: Generation, rows: Sequence[Stored]) -> str:
+def tried(settings: Settings, profile: Profile, yesterday: Generation, store: Store, new: Sequence[Stored]) -> str:
     """Return a digest of what a night comes of, its new, held-out and kept rows: of the same comes the same."""
+    rows = [*new, *store.rows("heldout"), *store.rows("replay")]
     facts = [asdict(settings), asdict(profile), yesterday.hash, [record_of(row.example) for row in rows]]
     return sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -67,8 +67,7 @@ def nightly(
 
 def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -> AdaptReport:
     if pending := learner.store.rows("pending"):
-        rows = [*pending, *learner.store.rows("heldout"), *learner.store.rows("replay")]
-        digest = tried(learner.settings, learner.profile, learner.generations.current(), rows)
+        digest = tried(learner.settings, learner.profile, learner.generations.current(), learner.store, pending)
         for night in learner.store.nights():
             if night["report"].get("refused") == digest:
                 raise NothingToLearn(

@@ -39,9 +39,8 @@ KERNEL_BYTES = {torch.bfloat16: (130_000_000, 220_000_000), torch.float32: (80_0
 AMX_KERNEL_BYTES = (230_000_000, 345_000_000)
 FEW_KERNELS = 32  # that oneDNN keeps where memory is short: those of a step, instead of all
 FEW_KERNELS_BYTES = {torch.bfloat16: (110_000_000, 185_000_000), torch.float32: (80_000_000, 80_000_000)}
-IN_PIECES = (
-    0.25  # of what a step keeps for its backward pass: the allocator has so much more, in pieces that the next cannot use
-)
+# of what a step keeps for its backward pass: the allocator has so much more, in pieces that the next cannot use
+IN_PIECES = 0.25
 # most are compiled anew then in every step: as long as multiplying with so many tokens, for each part; those of AMX take longer
 COMPILING_TOKENS, COMPILING_TOKENS_AMX = 10, 115
 PART_TOKENS = 128  # one more part of a step takes as long as multiplying with so many tokens: small products are slow
@@ -91,11 +90,6 @@ class Plan:
         )
 
 
-def has_amx(dtype: torch.dtype) -> bool:
-    """Return whether products in a dtype are AMX's."""
-    return dtype == torch.bfloat16 and "amx_bf16" in cpu_words()
-
-
 def first_trained(shape: Shape, depth: float) -> int:
     """Return the lowest trained layer where a share `depth` of the layers is trained."""
     return shape.n_layer - max(1, round(depth * shape.n_layer))
@@ -132,8 +126,10 @@ def plan_memory(
     least = 0
     micros = {parts: max(min(MICRO_TOKENS, different) // parts, longest) for parts in (1, 2, 4, 8)}
     micros = {parts: micro for parts, micro in micros.items() if micro == micro_tokens} or micros
-    all_kernels = AMX_KERNEL_BYTES if has_amx(place.dtype) else KERNEL_BYTES[place.dtype]
-    largest = max(batches, key=count_tokens, default=[])
+    has_amx = place.dtype == torch.bfloat16 and "amx_bf16" in cpu_words()
+    all_kernels = AMX_KERNEL_BYTES if has_amx else KERNEL_BYTES[place.dtype]
+    compiling = COMPILING_TOKENS_AMX if has_amx else COMPILING_TOKENS
+    largest = max(zip(extents, batches, strict=False), key=lambda pair: pair[0][0], default=(None, []))[1]
     steps = {parts: [count_tokens(part) for part in micro_batches(largest, micro)] or [1] for parts, micro in micros.items()}
     for checkpointing, few in itertools.product((False, True), (False, True)):
         for parts, micro in micros.items():
@@ -149,7 +145,7 @@ def plan_memory(
             n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
             held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
             plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
-            plans.append((_cost(shape, plan, steps[parts], place.dtype), plan))
+            plans.append((_cost(shape, plan, steps[parts], DECODING_TOKENS[place.dtype], compiling if few else 0), plan))
     if not plans:
         wanted = int(least / (1 - SPARE)) + 1
         raise EdgeclError(
@@ -166,15 +162,18 @@ def _extent(rows: Sequence[TrainRow], n_anchor: int) -> tuple[int, int, list[tup
     return n_tokens - n_anchor, n_shared, lines
 
 
-def _cost(shape: Shape, plan: Plan, parts: Sequence[int], dtype: torch.dtype) -> float:
-    """Return what layers and decoding cost a step whose parts have so many tokens, in weights times tokens."""
+def _cost(shape: Shape, plan: Plan, parts: Sequence[int], decoding: int, compiling: int) -> float:
+    """Return what layers cost a step whose parts have so many tokens, in weights times tokens.
+
+    Args:
+        decoding: a weight, compiling: a part's kernels; each as long as multiplying with so many tokens.
+    """
     n_trained = plan.n_layer - plan.first_layer
     passes, n_parts = 3 if plan.checkpointing else 2, len(parts)
     decoded = passes * max(0, n_trained - plan.n_resident) * shape.layer_weights
     decoded += (not plan.resident_head) * shape.n_vocab * shape.width
-    compiling = n_parts * (COMPILING_TOKENS_AMX if has_amx(dtype) else COMPILING_TOKENS) if plan.few_kernels else 0
-    multiplied = (sum(parts) + PART_TOKENS * (n_parts - 1) + compiling) * passes * n_trained * shape.layer_weights
-    return multiplied + DECODING_TOKENS[dtype] * decoded * n_parts
+    multiplied = (sum(parts) + PART_TOKENS * (n_parts - 1) + compiling * n_parts) * passes * n_trained * shape.layer_weights
+    return multiplied + decoding * decoded * n_parts
 
 
 def resident_part(shape: Shape, itemsize: int, first_layer: int, room: int) -> tuple[int, bool]:
