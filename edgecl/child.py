@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from edgecl_convert import ConvertError, write_atomic
 from edgecl_convert.amx import WITH_AMX, amx_works
 from edgecl_convert.process import child_environment, module_command
 
@@ -38,6 +39,8 @@ from .errors import EdgeclError, NotNow, StageError
 Progress = Callable[[str, int, int, str], None]  # (stage, done, total, text)
 GRACE_S = 60.0  # for a child that was told to stop; then it is ended, and its last checkpoint counts
 WITHOUT_TORCH = ("measure", "write")  # stages that compute with llama.cpp alone
+ROOM = "room.json"  # in a run's folder, as `room` reads it
+LESS = 0.85  # of the memory that a try was planned with, is the next one's where it took too much
 BRIEFLY = "10000"  # spins of a waiting thread, a fraction of a millisecond: none at all costs a wake-up at every barrier
 
 
@@ -110,6 +113,11 @@ def run_stage(
                 process.stdout.close()
         log.seek(0)
         tail = log.read().decode("utf-8", "replace")[-4000:]
+    if watch.peak_rss_bytes > limits.ram_bytes and "runs" in request:
+        runs = Path(request["runs"])
+        with contextlib.suppress(OSError, ConvertError):  # a full disk: the next try is planned as this one was
+            write_atomic(runs / ROOM, json.dumps([limits.ram_bytes, LESS * room(runs, limits.ram_bytes)]))
+            watch.reason += "; the next try is planned with less"
     if watch.reason:
         raise StageError(stage, watch.reason, tail)
     if failure is not None and failure["exit_code"] != NotNow.exit_code:
@@ -121,6 +129,15 @@ def run_stage(
     if watch.yielding or failure is not None or process.returncode == -signal.SIGTERM:
         raise _yielded(watch.yielding or limits.stop() or "told to stop")
     raise StageError(stage, _how_it_ended(process.returncode, tail), tail)
+
+
+def room(runs: Path, ram_bytes: int) -> float:
+    """Return the share of `ram_bytes` that training is planned with: less than 1 after tries that took more than all of it."""
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none, or damaged
+        of, share = json.loads((runs / ROOM).read_text("utf-8"))
+        if of == ram_bytes and 0 < share < 1:
+            return float(share)
+    return 1.0
 
 
 def _yielded(reason: str) -> NotNow:

@@ -18,7 +18,6 @@ from typing import Any
 
 from .errors import DataError
 
-Message = dict[str, str]
 DEFAULT_TASK = "default"
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -77,7 +77,7 @@ class Learner:
         *,
         quant: str = "",
         precision: str = "",
-        profile: str = "laptop-cpu",
+        profile: str = "",
         force: bool = False,
         **settings: Any,
     ) -> Learner:
@@ -89,6 +89,7 @@ class Learner:
                 is first written so, in the home.
             precision: f16, int8 or int4: the base is written at it first, in the home; nights are then trained against exactly
                 the weights that they are merged into and served with, and `quant` is that precision.
+            profile: the limits, by name or by the path of a TOML file; "": what suits this machine.
             force: replace a home that exists; its store and generations are deleted.
             settings: further fields of Settings, such as replay=ReplaySettings(share=0.02).
 
@@ -151,11 +152,20 @@ class Learner:
         Raises:
             EdgeclError: the model cannot be loaded, or the prompt does not fit.
         """
+        return self.answer(prompt, max_tokens)[0]
+
+    def answer(self, prompt: str | Sequence[tuple[str, str]], max_tokens: int = 256) -> tuple[str, int, bool]:
+        """Return what `ask` does, of how many tokens that is, and whether it came to its end before `max_tokens`.
+
+        Raises:
+            EdgeclError: as for `ask`.
+        """
         messages = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
         with self.turn() as engine:
             with translated(), GgufFile(self.settings.base) as base:
                 ids = chat_format(base, engine.vocab).prompt(messages)
-            return engine.vocab.text_of(list(engine.generate(ids, max_tokens)))
+            tokens = list(engine.generate(ids, max_tokens))
+            return engine.vocab.text_of(tokens), len(tokens), len(tokens) < min(max_tokens, engine.n_ctx - len(ids))
 
     @contextmanager
     def turn(self) -> Iterator[Engine]:
@@ -306,8 +316,7 @@ class Learner:
             check_files(self.generations.current(), "adapter.gguf")
             new = self.store.rows("pending", task)
             if not new:
-                what = f"no pending example of task {task}" if task else "no pending example"
-                raise NothingToLearn(f"nothing to learn: {what}; `edgecl observe FILE.jsonl` adds some")
+                raise nothing_to_learn(task)
             self.generations.check_base(full=True, base=self.settings.base)
             minutes = self.profile.minutes if minutes is None else minutes
             limits = replace(self.limits(minutes, ram_bytes), nice=self.profile.nice, stop=stop)
@@ -337,6 +346,13 @@ class Learner:
         """
         minutes = self.profile.minutes if minutes is None else minutes
         ram_bytes = self.profile.ram_bytes if ram_bytes is None else ram_bytes
-        if not (minutes > 0 and ram_bytes > 0):  # so written that NaN is refused
-            raise SettingError(f"minutes and ram must be above 0, got {minutes} and {ram_bytes}")
+        for name, limit in (("minutes", minutes), ("ram_bytes", ram_bytes)):
+            if not limit > 0:  # so written that NaN is refused
+                raise SettingError(f"{name} must be above 0, got {limit}")
         return Limits(ram_bytes, 60 * minutes, 0, self.profile.threads)
+
+
+def nothing_to_learn(task: str | None = None) -> NothingToLearn:
+    """Return the error of a night without a pending row; of a task, if it was to learn only that."""
+    what = f"no pending example of task {task}" if task else "no pending example"
+    return NothingToLearn(f"nothing to learn: {what}; `edgecl observe FILE.jsonl` adds some")

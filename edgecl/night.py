@@ -38,6 +38,7 @@ from .store import Store
 from .writers import SMALL, Writers, base_copy
 
 WRITING = 0.25  # of a night's minutes, at most, are for what models write; training has 0.6, whatever is left the rest
+NEGLIGIBLE_NATS = 0.01  # that a merge loses costs no answer, however large a share of a small gain it is
 BASE_COPY = ".base.tmp"  # named as what is cleared where drafts are
 
 
@@ -271,6 +272,7 @@ class Night:
             "start": str(yesterday.folder / "adapter.gguf") if yesterday.number else None,
             "new": [record_of(row.example) for row in new],
             "replay": [record_of(row.example) for row in replay],
+            "ids": [[row.id for row in new], [row.id for row in replay]],
             **written,
             "heldout": [record_of(row.example) for row in heldout] if self.settings.train.patience else [],
             "settings": asdict(self.settings.train),
@@ -302,15 +304,19 @@ class Night:
             merged, facts = self._merge_one(draft, quant)
             report.losses[quant] = mean_loss(self.meter.scores(merged, taught), taught)
             report.survival[quant] = survival(report.losses["before"], report.losses["adapter"], report.losses[quant])
-            if (quant == wanted or is_fallback) and report.survival[quant] >= self.settings.gate.min_survival:
+            if (quant == wanted or is_fallback) and self._keeps_enough(quant):
                 served, report.merge_s = merged, facts["merge_s"]
             elif merged.model != served.model:
                 merged.model.unlink()
         report.served = "base + adapter" if served.adapter else served.model.name
         report.model_bytes = served.model.stat().st_size + (served.adapter.stat().st_size if served.adapter else 0)
-        if report.survival[wanted] < self.settings.gate.min_survival:
+        if not self._keeps_enough(wanted):
             report.reason = f"{wanted} kept {report.survival[wanted]:.0%} of the night, so {report.served} serves"
         return served
+
+    def _keeps_enough(self, quant: str) -> bool:
+        lost = self.report.losses[quant] - self.report.losses["adapter"]
+        return self.report.survival[quant] >= self.settings.gate.min_survival or lost <= NEGLIGIBLE_NATS
 
     def _qtype(self, quant: str) -> str:
         with GgufFile(self.settings.base) as gguf:

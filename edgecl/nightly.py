@@ -29,6 +29,7 @@ from .writers import base_copy
 EVERY_S = 3.0  # the machine is looked at this often while a night runs
 BYTES_A_WEIGHT = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
 Q8_0_BYTES = 34 / 32  # a weight, at the widest of the other types
+CACHES_LEAVE = 1 - 2 / 8  # of the free disk: states of the adapter's rows and of the asker's (see `train.latents`)
 ADAPTERS = 2 + 2 * 5  # two adapters; a checkpoint (weights, two moments, average, best) while it replaces one
 
 
@@ -77,13 +78,14 @@ def _sitting(learner: Learner, contract: _Contract, progress: Progress | None) -
         with night_lock(learner.home):
             learner.generations.clear_drafts()  # of a night that died: they would take the room that this one needs
         learner.generations.check_base(full=False, base=learner.settings.base)
-        if reasons := contract.look(needed_bytes(learner.settings, learner.profile.ram_bytes)):
+        needed = needed_bytes(learner.settings, learner.profile.ram_bytes)
+        if reasons := contract.look(round(needed / CACHES_LEAVE)):
             raise NotNow(f"not now: {reasons}")
     return learner.adapt(progress=progress, stop=contract)
 
 
 def needed_bytes(settings: Settings, ram_bytes: int) -> int:
-    """Return the disk that a night may fill beside the base, which is there.
+    """Return the disk that a night may fill beside the base, which is there, and what it caches, which takes a share.
 
     First that is the copy that writers run from, then, when it is gone, the merged file, adapter and checkpoint.
 

@@ -12,8 +12,24 @@ PACKAGED = "smollm2"
 
 
 def default_home() -> Path:
-    """Return `EDGECL_HOME`, or ~/.local/share/edgecl/default."""
-    return Path(os.environ.get("EDGECL_HOME") or Path.home() / ".local/share/edgecl/default")
+    """Return `EDGECL_HOME`, or ~/.local/share/edgecl/default.
+
+    Raises:
+        SettingError: as for `expanded`.
+    """
+    return expanded(Path(os.environ.get("EDGECL_HOME") or "~/.local/share/edgecl/default"))
+
+
+def expanded(path: Path) -> Path:
+    """Return a path with the folder that a ~ at its beginning stands for.
+
+    Raises:
+        SettingError: the user has none.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise SettingError(f"{path}: nothing says which folder ~ is; set HOME, or give --home DIR without it") from None
 
 
 def open_home(home: Path | str | None) -> Path:

@@ -41,7 +41,6 @@ class Profile:
         n_ctx: tokens of the served context; longer examples are cut from the left of the prompt.
         n_batch: prompt tokens that llama.cpp decodes at once.
         n_gpu_layers: layers that llama.cpp keeps on a GPU; -1 is all. Training takes CUDA where it is not 0.
-        cmake_args: CMAKE_ARGS with which llama.cpp is to be built for such a machine; for people, nothing here reads it.
         nice: added to the niceness of a night's child processes; above 0 they also run at SCHED_IDLE, on cores that nobody
             else wants, so that an answer need not wait for them.
         window: hours of local time in which `edgecl nightly` may run, such as "22:00-06:00"; "" is any time.
@@ -58,7 +57,6 @@ class Profile:
     n_ctx: int = 2048
     n_batch: int = 512
     n_gpu_layers: int = 0
-    cmake_args: str = ""
     nice: int = 10
     window: str = ""
     needs_ac: bool = True

@@ -30,6 +30,7 @@ from edgecl_convert import (
     write_gguf_adapter,
 )
 
+from .child import room
 from .data import Example, is_correct
 from .errors import EdgeclError, NotNow
 from .profile import Profile, TrainSettings
@@ -146,6 +147,7 @@ def train_stage(request: Request, report: Report) -> Request:
             reworded = request["reworded"] or [[]] * len(request["new"])
             new = [train_row(chats, example_from(r), others) for r, others in zip(request["new"], reworded, strict=True)]
             replay, heldout = ([train_row(chats, example_from(r)) for r in request[key]] for key in ("replay", "heldout"))
+            new, replay = (_named(rows, ids) for rows, ids in zip((new, replay), request.get("ids", ([], [])), strict=True))
             replay += [written_row(chats, **row) for row in not_asked_tonight(chats, request["new"], request["written"])]
             anchor = anchor_pieces(vocab)
             asking = request["new"] if request["asker_gguf"] else []
@@ -158,8 +160,8 @@ def train_stage(request: Request, report: Report) -> Request:
         if all(usable(row, limits.n_ctx) is None for row in new):
             return asdict(TrainReport(left_out=list(range(len(new))))) | {"ask_s": 0.0, "no_asker": ""}
         minutes = limits.minutes * (ASKING if asked else 0.0)
-        in_blocks = in_minimums(gguf, request["quant"])
-        night = Night(start, anchor, heldout, base_sha256=request["base_sha256"], in_blocks=in_blocks, stop=told.is_set)
+        night = Night(start, anchor, heldout, base_sha256=request["base_sha256"], stop=told.is_set)
+        night.in_blocks, night.ram_share = in_minimums(gguf, request["quant"]), room(runs, limits.ram_bytes)
 
         def say(done: int, total: int, loss: float) -> None:
             report(done, total, f"loss {loss:.3f}")
@@ -173,7 +175,7 @@ def train_stage(request: Request, report: Report) -> Request:
         ask_s, no_asker = 0.0, ""
         learned = [row for i, row in asked.items() if i not in {*result.left_out, *result.unmet}]
         if learned:
-            night = Night(base_sha256=request["base_sha256"], stop=told.is_set, samples=True)
+            night = Night(base_sha256=request["base_sha256"], ram_share=night.ram_share, stop=told.is_set, samples=True)
             try:
                 with LatentStore(runs / "asker.db", request["base_sha256"]) as store:
                     night.store, night.checkpoint = store, runs / "asker.safetensors"
@@ -193,6 +195,11 @@ def not_asked_tonight(chats: ChatFormat, new: Sequence[list[Any]], written: Sequ
     """Return written rows but those that ask what a new row asks: it may correct what earlier nights answer there."""
     asked = {tuple(asked_ids(chats, record)) for record in new}
     return [row for row in written if tuple(row["asked"]) not in asked]
+
+
+def _named(rows: list[TrainRow], ids: Sequence[int]) -> list[TrainRow]:
+    """Return rows that errors call by their ids in the store, where these are told."""
+    return [replace(row, name=str(i)) for row, i in zip(rows, ids, strict=True)] if ids else rows
 
 
 def _of_rank(settings: TrainSettings, night: Night) -> TrainSettings:
@@ -217,15 +224,17 @@ def _trained(
     night: Night,
     say: Callable[[int, int, float], None],
 ) -> tuple[Adapter, TrainReport]:
-    """Train an adapter; a checkpoint that is damaged is removed: nobody may be there to move it, and only time is lost."""
-    from .train import DamagedCheckpointError, train
+    """Train an adapter; a checkpoint that is unreadable is moved: nobody may be there to do that, and only time is lost."""
+    from .train import UnreadableCheckpointError, train
 
     try:
         return train(gguf, new, replay, settings, limits, night, say)
-    except DamagedCheckpointError:
+    except UnreadableCheckpointError:
         assert night.checkpoint
-        night.checkpoint.unlink()
-        return train(gguf, new, replay, settings, limits, night, say)
+        kept = night.checkpoint.replace(night.checkpoint.with_suffix(".old"))
+        adapter, report = train(gguf, new, replay, settings, limits, night, say)
+        report.plan += f"; from the start: its checkpoint is damaged or of another version, and kept as {kept}"
+        return adapter, report
 
 
 def train_row(chats: ChatFormat, example: Example, reworded: Sequence[str] = ()) -> TrainRow:
@@ -257,7 +266,7 @@ def written_row(chats: ChatFormat, asked: list[int], answer: list[int], likely: 
     before, after = chats.around_question
     prompt = before + asked + after
     supervised = [False] * len(prompt) + [True] * len(answer)
-    return TrainRow(prompt + answer, supervised, likely)
+    return TrainRow(prompt + answer, supervised, likely, name="written")
 
 
 def merge_stage(request: Request, report: Report) -> Request:

@@ -8,24 +8,26 @@ Test rows are scored on tasks learned so far and on the one that comes next (for
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgecl_convert import GgufFile, resolve_quant, write_atomic
+from edgecl_convert import GgufFile, open_source, resolve_quant, write_atomic
 
 from .child import Progress, run_stage
-from .data import Example, parse_lines
-from .errors import DataError, translated
-from .generations import Generation, unpublished
+from .data import Example
+from .errors import DataError, SettingError, translated
+from .gate import GateSettings
+from .generations import Generation, sha256_file, unpublished
 from .learner import Learner
+from .lock import night_lock
 from .metrics import (
     FloatArray,
     average_accuracy,
@@ -38,8 +40,12 @@ from .metrics import (
 )
 from .night import kept_ids
 from .places import find_model
-from .profile import PrivacySettings, ReplaySettings, TrainSettings
+from .profile import PrivacySettings, ReplaySettings, TrainSettings, load_profile
+from .tasks import Stream
 
+__all__ = ["Cell", "Stream", "run_stream"]
+
+PROFILE = "laptop-cpu"  # on every machine: cells of one grid have the same limits
 MINUTES = 24 * 60.0  # of a night: one that time cuts short is no measurement
 
 
@@ -83,67 +89,6 @@ class Cell:
         return f".first-night-{replace(self, replay=1.0).name}"
 
 
-@dataclass(frozen=True)
-class Stream:
-    """The tasks of a stream, in order, each with its rows."""
-
-    tasks: tuple[str, ...]
-    train: dict[str, list[Example]]
-    test: dict[str, list[Example]]
-
-    @classmethod
-    def read(cls, folder: Path, order: Sequence[str] = (), train_limit: int = 0, test_limit: int = 0, seed: int = 0) -> Stream:
-        """Read a stream; limits take a sample drawn with `seed` (0: all rows).
-
-        Raises:
-            DataError: a file is missing, empty or malformed.
-        """
-        tasks = tuple(order) or tuple(_order(folder))
-        if not tasks:
-            raise DataError(f"{folder}: no tasks; expected train/TASK.jsonl and test/TASK.jsonl")
-        if len(set(tasks)) != len(tasks):
-            raise DataError(f"order names a task twice: {', '.join(tasks)}")
-        train = {t: _rows(folder / "train" / f"{t}.jsonl", t, train_limit, seed) for t in tasks}
-        test = {t: _rows(folder / "test" / f"{t}.jsonl", t, test_limit, seed) for t in tasks}
-        return cls(tasks, train, test)
-
-    def joined(self) -> Stream:
-        """Return the same rows as one task."""
-        train, test = ([row for task in self.tasks for row in rows[task]] for rows in (self.train, self.test))
-        return Stream(("all",), {"all": train}, {"all": test})
-
-    def digest(self, model: str, gate: str) -> str:
-        """Return a digest of the rows in their order, and of what learns them under which gate."""
-        hashes = [[task, *(row.hash for row in rows[task])] for rows in (self.train, self.test) for task in self.tasks]
-        return sha256(json.dumps([hashes, model, gate]).encode()).hexdigest()[:16]
-
-
-def _order(folder: Path) -> list[str]:
-    path = folder / "order.json"
-    if not path.is_file():
-        return sorted(p.stem for p in (folder / "train").glob("*.jsonl"))
-    try:
-        order = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(order, list) or not all(isinstance(t, str) and Path(t).name == t for t in order):
-        raise DataError(f"{path}: must be a list of task names, got {str(order)[:60]}")
-    return order
-
-
-def _rows(path: Path, task: str, limit: int, seed: int) -> list[Example]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    rows, bad = parse_lines(lines, task, path.name)
-    if bad:
-        raise DataError(f"{path}: line {bad[0][0]} {bad[0][1]}")
-    if not rows:
-        raise DataError(f"{path}: is empty; expected JSONL chats")
-    return random.Random(seed).sample(rows, limit) if 0 < limit < len(rows) else rows
-
-
 def run_stream(
     stream: Stream,
     cells: Sequence[Cell],
@@ -164,29 +109,81 @@ def run_stream(
         compare: further quants to merge and measure for `survival` after each night, but not in a cell without rehearsal.
 
     Raises:
-        DataError: a kept result is of other rows, of another model or gate.
-        EdgeclError: a night failed.
+        DataError: a kept result is damaged, or of other rows, another model or other settings.
+        SettingError: `home` is a learner's; NotNow: another stream runs there. Both before anything is written.
+        EdgeclError: the model cannot be read, a quant is unknown, or a night failed.
     """
     with tempfile.TemporaryDirectory(prefix="edgecl-stream-") as temporary:
-        root = home or Path(temporary)
-        firsts = [next((c for c in cells if replace(c, replay=0.0, written=0) == cell), cell) for cell in cells]
-        for cell, first in zip(cells, firsts, strict=True):
-            path = root / f"{cell.name}.json"
-            rows = stream.joined() if cell.joint else stream
-            of = rows.digest(model, gate)
-            if not path.is_file():
-                root.mkdir(parents=True, exist_ok=True)
-                settings = replace(train or TrainSettings(), seed=cell.seed)
-                run = _Run(rows, of, cell, first, root, model, gate, compare, settings, progress)
-                write_atomic(path, json.dumps(run.run()) + "\n")
-            result = json.loads(path.read_text("utf-8"))
-            if result.get("of", of) != of:  # cells of earlier versions do not say
-                raise DataError(
-                    f"{path}: is of other rows, or of another order, model or gate; remove it, or name another --home"
-                )
-            yield result
-        for first in firsts:
-            shutil.rmtree(root / first.first_night, ignore_errors=True)
+        root, train = home or Path(temporary), train or TrainSettings()
+        if (root / "edgecl.toml").exists():
+            raise SettingError(f"{root} is a learner's home; name another --home for the cells of a stream")
+        of = _facts(stream, cells, model, gate, compare, train)
+        root.mkdir(parents=True, exist_ok=True)
+        with night_lock(root):
+            paths = {cell: root / f"{cell.name}.json" for cell in cells}
+            results = {cell: _kept(path, of[cell]) for cell, path in paths.items() if path.is_file()}
+            firsts = [next((c for c in cells if replace(c, replay=0.0, written=0) == cell), cell) for cell in cells]
+            for cell, first in zip(cells, firsts, strict=True):
+                if cell not in results:
+                    rows, settings = stream.joined() if cell.joint else stream, replace(train, seed=cell.seed)
+                    run = _Run(rows, of[cell], cell, first, root, model, gate, compare, settings, progress)
+                    write_atomic(paths[cell], json.dumps(run.run()) + "\n")
+                    results[cell] = _read(paths[cell])
+                yield results[cell]
+            for first in firsts:
+                shutil.rmtree(root / first.first_night, ignore_errors=True)
+
+
+def _facts(
+    stream: Stream, cells: Sequence[Cell], model: str, gate: str, compare: Sequence[str], train: TrainSettings
+) -> dict[Cell, dict[str, Any]]:
+    """Return what each cell's result comes of, beside what its name says; unknown quants are found before hours of work."""
+    path, profile = find_model(model), load_profile(PROFILE)
+    with translated(), open_source(path) as source:
+        recipes = {quant: resolve_quant(quant, source, learned=True) for quant in (*(cell.quant for cell in cells), *compare)}
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    told = {"train": asdict(replace(train, seed=0)), "gate": asdict(GateSettings()), "profile": profile.engine_options()}
+    facts = {
+        "base": sha256(" ".join(map(sha256_file, files)).encode()).hexdigest()[:16],
+        "edgecl": version("edgecl"),
+        "gate": gate,
+        **{f"{part}.{key}": value for part, settings in told.items() for key, value in settings.items()},
+        "profile.ram_bytes": profile.ram_bytes,
+        "replay.heldout": ReplaySettings.heldout,
+    }
+    rows = {joint: (stream.joined() if joint else stream).digest() for joint in {cell.joint for cell in cells}}
+    return {cell: {"rows": rows[cell.joint], "quant": recipes[cell.quant], **facts} for cell in cells}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of a stream's home holds.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: is damaged: {error}; remove it, and it is measured again") from None
+
+
+def _kept(path: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """Return a finished cell.
+
+    Raises:
+        DataError: it is damaged, or comes of something else than `of`.
+    """
+    result = _read(path)
+    was = result.get("of")
+    if not isinstance(was, dict):
+        other = ["an earlier version did not note them"]
+    else:
+        other = [f"{key} {was.get(key)}, now {of.get(key)}" for key in {**was, **of} if was.get(key) != of.get(key)]
+    if other:
+        raise DataError(
+            f"{path}: is of other rows, another model or other settings ({'; '.join(other)}); name another --home, or remove it"
+        )
+    return result
 
 
 @dataclass
@@ -194,7 +191,7 @@ class _Run:
     """One cell: the first night of `first` in a home that other cells go on from too, then the others in a copy of it."""
 
     stream: Stream
-    of: str  # `digest` of the stream
+    of: dict[str, Any]  # see `_facts`
     cell: Cell
     first: Cell
     root: Path
@@ -225,22 +222,23 @@ class _Run:
         for i, found in enumerate(rows):
             for j, task in enumerate(found):
                 accuracy[i, j], loss[i, j] = _right(found[task]).mean(), np.mean(found[task]["loss_nats"])
+        base = np.array([_right(begun["base"][task]).mean() for task in tasks])
         return {
             **asdict(self.cell),
             "of": self.of,
             "tasks": list(tasks),
             "acc": average_accuracy(accuracy),
             "bwt": backward_transfer(accuracy),
-            "fwt": forward_transfer(accuracy, np.array(begun["base"])),
+            "fwt": forward_transfer(accuracy, base),
             "forgetting": forgetting(accuracy),
             "plasticity_retention": _plain(plasticity_retention(accuracy)),
             "intervals": stream_intervals(
-                [_right(row[task]) for row, task in zip(rows, tasks, strict=True)],
-                [_right(rows[-1][task]) for task in tasks],
+                [[_right(found[task]) for task in found] for found in rows], [_right(begun["base"][task]) for task in tasks]
             ),
             "matrix": _plain(accuracy),
             "answer_loss_nats": _plain(loss),
-            "base": [round(x, 4) for x in begun["base"]],
+            "base": [round(float(x), 4) for x in base],
+            "base_rows": begun["base"],
             "n_test": {task: len(self.stream.test[task]) for task in tasks},
             "nights": nights,
             "rows": rows,
@@ -253,13 +251,14 @@ class _Run:
         All of its rows stay in the store: each cell keeps its own share of them.
         """
         measured = home / "measured.json"
-        if not measured.is_file() or json.loads(measured.read_text("utf-8")).get("of") != self.of:
+        if not measured.is_file() or _read(measured).get("of") != self.of:
             shutil.rmtree(home, ignore_errors=True)
             with Learner.init(
                 find_model(self.model),
                 home,
                 quant=self.first.quant,
                 precision=self.first.precision,
+                profile=PROFILE,
                 replay=ReplaySettings(share=1.0, written=self.first.written),
                 train=self.train,
                 privacy=PrivacySettings(redact=False),  # what is measured is what the data set says
@@ -267,9 +266,8 @@ class _Run:
             ) as learner:
                 base = self._rows(learner, self._merged(learner, "", self.first.quant), self.stream.tasks)
                 night, rows = self._night(learner, 0, self.compare)
-            accuracy = [float(_right(base[task]).mean()) for task in self.stream.tasks]
-            write_atomic(measured, json.dumps({"of": self.of, "base": accuracy, "night": night, "rows": rows}))
-        return dict(json.loads(measured.read_text("utf-8")))
+            write_atomic(measured, json.dumps({"of": self.of, "base": base, "night": night, "rows": rows}))
+        return _read(measured)
 
     def _keep(self, learner: Learner) -> int:
         """Let a copied home be as if the cell had run its first night itself; return how many rows that night leaves it."""
@@ -303,36 +301,46 @@ class _Run:
 
     def _merged(self, learner: Learner, adapter: str, quant: str) -> Generation:
         """Write the base, with an adapter or without, at a quant, beside the generations; it is measured, never served."""
-        path = learner.home / f"{quant}-{'base' if not adapter else 'wide'}.gguf"
-        with translated(), GgufFile(learner.settings.base) as gguf:
-            qtype = resolve_quant(quant, gguf, learned=bool(adapter))
+        path, qtype = learner.home / f"{quant}-{'base' if not adapter else 'wide'}.gguf", _qtype(learner, quant, bool(adapter))
         request = {"base": learner.settings.base, "adapter": adapter, "out": str(path), "quant": qtype}
         run_stage("merge", request, learner.limits(), self.progress)
         return unpublished(path.parent, path, None)
 
     def _against_int8(self, learner: Learner, served: dict[str, Any]) -> dict[str, Any] | None:
-        """Merge the last night's adapter again, at INT8, or at INT4 where INT8 is served; compare them row by row.
+        """Compare the last night's adapter, merged at the cell's quant (where that is INT8: at INT4) and at INT8, row by row.
+
+        What serves is one of the two, unless too little of the night survived in it, and a wider type serves.
 
         Returns:
             What is not INT8 minus INT8, on all test rows; None where no night was published.
         """
-        tasks, serves_int8 = self.stream.tasks, self.cell.quant == "int8"
+        tasks, quant = self.stream.tasks, self.cell.quant
         serving = learner.generations.current()
         if not serving.number:
             return None  # every night was refused
         adapter = str(serving.folder / "adapter.gguf")
-        other = self._rows(learner, self._merged(learner, adapter, "int4" if serves_int8 else "int8"), tasks)
-        int8, less = (served, other) if serves_int8 else (other, served)
-        losses, right = zip(*(_joined(rows, tasks) for rows in (int8, less)), strict=True)
+        is_wanted = serving.manifest.model in (f"model-{quant}.gguf", f"model-{_qtype(learner, quant, True)}.gguf")
+
+        def rows_at(at: str) -> dict[str, Any]:
+            is_served = is_wanted and at == quant
+            return served if is_served else self._rows(learner, self._merged(learner, adapter, at), tasks)
+
+        less = "int4" if quant == "int8" else quant
+        losses, right = zip(*(_joined(rows_at(at), tasks) for at in ("int8", less)), strict=True)
         mean, low, high = paired_interval(losses[0], losses[1])
         return {
-            "quant": "int4" if serves_int8 else self.cell.quant,
+            "quant": less,
             "answer_loss_nats": mean,
             "low": low,
             "high": high,
             "accuracy": float((right[1] - right[0]).mean()),
             "n_rows": len(right[0]),
         }
+
+
+def _qtype(learner: Learner, quant: str, learned: bool) -> str:
+    with translated(), GgufFile(learner.settings.base) as gguf:
+        return resolve_quant(quant, gguf, learned)
 
 
 def _bases(folder: str, names: list[str]) -> list[str]:

@@ -15,15 +15,18 @@ in the faster of bfloat16 and float32, which a few steps of each decide. Shown a
 
     python examples/compare_training.py [--data FILE.jsonl] [--out compare-out] [--json]
 
-Every run is kept in the output folder and not repeated; remove the folder to start over. It takes about 30 minutes on two
+Every run is kept in the output folder and not repeated while it is asked for the same. It takes about 30 minutes on two
 cores. Needs `accelerate` besides edgecl[demo,plot].
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
@@ -38,9 +41,11 @@ from typing import Any
 
 import numpy as np
 
+from edgecl.data import parse_lines
 from edgecl.metrics import paired_interval
 from edgecl.places import PACKAGED, find_model
 from edgecl.profile import Profile, TrainSettings
+from edgecl_convert import write_atomic
 
 Rows = list[tuple[list[int], list[bool]]]
 SEEDS = (0, 1, 2)
@@ -74,8 +79,14 @@ def chats(data: Path | None, seed: int) -> tuple[list[tuple[str, str]], list[tup
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:
-    found = [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
-    return [(chat[0]["content"], chat[-1]["content"]) for chat in found]
+    """Return what chats of one question ask and answer; a system turn is left out."""
+    examples, bad = parse_lines(path.read_bytes().splitlines())
+    if bad:
+        raise SystemExit(f"{path}, line {bad[0][0]}: {bad[0][1]}")
+    turns = [[turn for turn in example.messages if turn[0] != "system"] for example in examples]
+    if longer := [chat for chat in turns if len(chat) != 2]:
+        raise SystemExit(f"{path}: chats must be of one question and one answer, {len(longer)} are not; remove them")
+    return [(asked, answer) for (_, asked), (_, answer) in turns]
 
 
 def encoded(pairs: list[tuple[str, str]]) -> Rows:
@@ -159,7 +170,7 @@ def run_peer(request: dict[str, Any]) -> dict[str, Any]:
         log = trainer.state.log_history
         losses = [entry["loss"] for entry in log if "loss" in entry]
         train_s = log[-1]["train_runtime"]
-        tokens = sum(len(ids) for ids, _ in rows) * len(losses) * 8 / len(rows)
+        tokens = sum(len(ids) for ids, _ in rows) * rows_met(len(rows), len(losses)) / len(rows)
         facts = {"dtype": request["dtype"], "steps": len(losses), "losses": losses, "train_s": train_s, "night_s": night_s}
         facts |= {"tokens": tokens, "tokens_per_s": tokens / train_s, "peak_rss_bytes": peak}
         if request["heldout"]:
@@ -167,6 +178,12 @@ def run_peer(request: dict[str, Any]) -> dict[str, Any]:
             with GgufFile(base) as gguf:
                 facts |= _heldout(read_peft_adapter(folder, gguf), request["heldout"])
     return facts
+
+
+def rows_met(n_rows: int, n_steps: int) -> int:
+    """Return how many rows so many steps have, eight in each but the last of an epoch."""
+    n_epochs, rest = divmod(n_steps, math.ceil(n_rows / 8))
+    return n_epochs * n_rows + 8 * rest
 
 
 def run_large(request: dict[str, Any]) -> dict[str, Any]:
@@ -222,24 +239,35 @@ RUNS = {"edgecl": run_edgecl, "peer": run_peer, "large": run_large}
 
 
 class Cells:
-    """Runs by name; one that has run is read back."""
+    """Runs by name; one that has run is read back, where the same was asked for."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, kind: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Return what a run found."""
-        path = self.out / f"{name}.json"
-        if not path.is_file():
-            print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
-            asked = json.dumps(request).encode()
-            done = subprocess.run([sys.executable, __file__, "--run", kind], input=asked, capture_output=True)
-            if done.returncode:
-                raise SystemExit(f"{name} failed:\n{done.stderr.decode()[-3000:]}")
-            path.write_bytes(done.stdout.splitlines()[-1])
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return found
+    def found(self, name: str, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what a run has found, None where there is none of this request."""
+        with contextlib.suppress(OSError, ValueError, TypeError):  # none, or of an older version
+            of, found = json.loads((self.out / f"{name}.json").read_text("utf-8"))
+            return dict(found) if of == _digest(request) else None
+        return None
+
+    def run(self, name: str, kind: str, request: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Return what a run found; `more` of its request is where it works, and changes nothing."""
+        if (found := self.found(name, request)) is not None:
+            return found
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+        asked = json.dumps(request | more).encode()
+        done = subprocess.run([sys.executable, __file__, "--run", kind], input=asked, capture_output=True)
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stderr.decode()[-3000:]}")
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) | {"date": time.strftime("%Y-%m-%d")}
+        write_atomic(self.out / f"{name}.json", json.dumps([_digest(request), result]))
+        return result
+
+
+def _digest(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 # --- the comparison -----------------------------------------------------------------------------------------------------
@@ -299,7 +327,7 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
         "front": [{"depth": depth} | _facts(runs) | _against(runs, every, peer) for depth, runs in front.items()],
         "loss_curves": {"peer": peer[0]["losses"], "full_depth": full[0]["losses"], "default": chosen[0]["losses"]},
         "data": data.name if data else "demo",
-        "machine": {"machine": platform.machine(), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")},
+        "machine": {"machine": platform.machine(), "python": platform.python_version(), "date": peer[0]["date"]},
     }
     return result
 
@@ -311,15 +339,16 @@ def _repeated(request: dict[str, Any], n: int) -> dict[str, Any]:
 
 def large_cell(cells: Cells) -> dict[str, Any]:
     """Build the large model, train it, and remove it."""
-    if (cells.out / "large.json").is_file():
-        return cells.run("large", "large", {})
+    request = {"ram_bytes": LARGE_BYTES}
+    if (found := cells.found("large", request)) is not None:
+        return found
     spec = importlib.util.spec_from_file_location("random_llama", Path(__file__).parent / "lab" / "random_llama.py")
     assert spec and spec.loader
     random_llama = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(random_llama)
     with tempfile.TemporaryDirectory(dir=cells.out) as folder:
         model = random_llama.write_random_llama(Path(folder) / "large.gguf")
-        return cells.run("large", "large", {"model": str(model), "ram_bytes": LARGE_BYTES})
+        return cells.run("large", "large", request, model=str(model))
 
 
 def _facts(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -402,7 +431,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Compare, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, help="JSONL chats of one turn; default: the demo's data")
+    parser.add_argument("--data", type=Path, help="JSONL of one question and its answer a line; default: the demo's data")
     parser.add_argument("--out", type=Path, default=Path("compare-out"))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
@@ -411,7 +440,7 @@ def main() -> None:
         print(json.dumps(RUNS[arguments.run](json.load(sys.stdin))))
         return
     result = compare(arguments.data, arguments.out)
-    (arguments.out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_atomic(arguments.out / "compare.json", json.dumps(result, indent=1) + "\n")
     draw(result, arguments.out / "compare.png")
     if arguments.json:
         print(json.dumps(result))

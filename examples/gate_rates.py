@@ -26,7 +26,8 @@ from edgecl import Learner
 from edgecl.demo import demo_data
 from edgecl.profile import ReplaySettings, TrainSettings
 
-N_ROWS, WRITTEN = 128, 112
+N_ROWS, WRITTEN, EPOCHS, MIN_STEPS = 128, 112, 2, 24
+SETTINGS = {"rows": N_ROWS, "written": WRITTEN, "epochs": EPOCHS, "min_steps": MIN_STEPS}
 Record = dict[str, Any]
 
 
@@ -81,7 +82,8 @@ def main() -> None:
         folder = args.out or Path(temporary)
         nights = [night for seed in range(args.seeds) for night in run_seed(seed, folder)]
     found = rates(nights)
-    facts = {"machine": platform.platform(), "rates": found, "nights": nights}
+    named = {name: {"errors": n, "nights": of, "wilson_95": between} for name, (n, of, *between) in found.items()}
+    facts = {"machine": platform.platform(), "settings": SETTINGS, "rates": named, "nights": nights}
     print(json.dumps(facts) if args.json else table(nights, found))
 
 
@@ -94,7 +96,8 @@ def run_seed(seed: int, folder: Path) -> list[Record]:
             if not home.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
                 first_night(seed, home)
-            night = {"kind": kind, "is_good": is_good, "seed": seed} | second_night(home, make(seed), times)
+            of = {"kind": kind, "is_good": is_good, "seed": seed, "settings": SETTINGS}
+            night = of | second_night(home, make(seed), times)
             path.write_text(json.dumps(night) + "\n", "utf-8")
         nights.append(json.loads(path.read_text("utf-8")))
     shutil.rmtree(home, ignore_errors=True)
@@ -105,7 +108,7 @@ def first_night(seed: int, home: Path) -> None:
     """Make a home that has learned the first task."""
     draft = home.with_suffix(".draft")
     shutil.rmtree(draft, ignore_errors=True)
-    train = TrainSettings(epochs=2, min_steps=24, seed=seed)
+    train = TrainSettings(epochs=EPOCHS, min_steps=MIN_STEPS, seed=seed)
     with Learner.init("smollm2", draft, replay=ReplaySettings(written=WRITTEN), train=train) as learner:
         learner.observe([json.dumps(row) for row in rows("home", seed)])
         learner.adapt(gate="report")

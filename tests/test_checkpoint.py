@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from tiny import build, random_adapter, random_tokens
 
 from edgecl.errors import NotNow
 from edgecl.profile import Profile, TrainSettings
-from edgecl.train import Night, TrainRow, train
+from edgecl.train import LatentStore, Night, TrainRow, train
 from edgecl.train.checkpoint import CheckpointError, Facts, read_checkpoint, write_checkpoint
+from edgecl.train.latents import Latents
 from edgecl_convert import Adapter, GgufFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,14 +168,53 @@ def test_a_checkpoint_of_another_night_is_not_gone_on_from(base, tmp_path):
     assert report.resumed_at == 0 and same(other, alone)
 
 
-@pytest.mark.parametrize("damage", ["base", "version", "truncated", "empty", "not one", "facts", "bits"])
+def test_whatever_decides_a_run_makes_its_checkpoint_another_ones(base, tmp_path):
+    path, settings = tmp_path / "checkpoint.safetensors", replace(SETTINGS, patience=9, eval_every=9)
+    interrupted(base, path, 4, settings)
+    unsure = [replace(row, likely=[[(token, 0.5), (token + 1, 0.5)] for token in row.answer]) for row in REPLAY]
+    began = []
+    for replay, changed in ((REPLAY, {}), (unsure, {}), (REPLAY, {"anchor": ANCHOR[::-1]}), (REPLAY, {"heldout": NEW[:2]})):
+        told = iter([True])
+        with pytest.raises(NotNow, match=r"after \d of 12") as caught:
+            train(base, NEW, replay, settings, ONE, replace(night(tmp_path / "none", stop=lambda told=told: next(told)),
+                  **changed, checkpoint=shutil.copy(path, tmp_path / "copy")))  # fmt: skip
+        began.append(int(str(caught.value).split("after ")[1].split(" of")[0]))
+    assert began == [3, 0, 0, 0]
+
+
+def test_a_run_resumed_where_rows_are_dealt_again_computes_the_same_states_together(base, tmp_path, monkeypatch):
+    """A product of other rows may differ in its last bits, and whether it does depends on the machine: so does a run."""
+    settings, replay = replace(SETTINGS, epochs=4, depth=0.5, anchor_weight=0.0), rows(60, 4)
+    long = TrainRow(random_tokens(200, 5), [False] * 197 + [True] * 3)  # a part then holds the rows of several other steps
+    together: dict[str, list[list[bytes]]] = {"whole": [], "broken": []}
+    compute = Latents._compute
+
+    def run(name: str, told: Callable[[], bool]) -> Adapter:
+        def noted(latents: Latents, missing: dict[bytes, list[int]]) -> dict[bytes, torch.Tensor]:
+            together[name].append(list(missing))
+            return compute(latents, missing)
+
+        monkeypatch.setattr(Latents, "_compute", noted)
+        with LatentStore(tmp_path / f"{name}.db", "base") as store:
+            path = tmp_path / f"{name}.safetensors"
+            return train(base, [*NEW[1:], long], replay, settings, ONE, replace(night(path), store=store, stop=told))[0]
+
+    asked = iter(range(100))
+    with pytest.raises(NotNow, match="told to stop after 10 of 16"):  # between two looks ahead
+        run("broken", lambda: next(asked) == 10)
+    assert same(run("broken", bool), run("whole", bool))
+    assert together["whole"] == together["broken"] and len(together["whole"]) >= 4
+
+
+@pytest.mark.parametrize("damage", ["base", "version", "truncated", "empty", "not one", "facts", "key", "bits"])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(base, tmp_path, damage):
     path = tmp_path / "checkpoint.safetensors"
     interrupted(base, path, 4)
     data = path.read_bytes()
     contents = {
         "base": data.replace(b'base_sha256\\": \\"base', b'base_sha256\\": \\"easb'),
-        "version": data.replace(b'version\\": 1', b'version\\": 9'),
+        "version": data.replace(b'version\\": 2', b'version\\": 1'),
+        "key": data.replace(b'run\\": ', b'ruin\\":'),
         "truncated": data[: len(data) // 2],
         "empty": b"",
         "not one": b"hello, this is no checkpoint",

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from gguf_helpers import lora, write_model
 
-from edgecl.child import Limits, run_stage
+from edgecl.child import ROOM, Limits, room, run_stage
 from edgecl.errors import EdgeclError, StageError
 from edgecl_convert import GgufFile, write_gguf_adapter
 from edgecl_convert.ggml import QType
@@ -120,6 +120,22 @@ def test_a_child_past_its_limits_is_ended(base: Path, tmp_path: Path, limits: Li
     with pytest.raises(StageError, match=reason):
         run_stage("merge", request(base, tmp_path / "out.gguf"), limits)
     assert not children() and not (tmp_path / "out.gguf").exists()
+
+
+def test_after_a_child_took_too_much_memory_its_run_is_planned_with_less(base: Path, tmp_path: Path) -> None:
+    runs, sent = tmp_path / "runs", request(base, tmp_path / "out.gguf", runs=str(tmp_path / "runs"))
+    runs.mkdir()
+    with pytest.raises(StageError, match="took longer than"):
+        run_stage("merge", sent, replace(PLENTY, seconds=0.01))
+    assert room(runs, 5_000_000) == 1.0
+    for share in (0.85, 0.85**2):
+        with pytest.raises(StageError, match=r"raise ram_bytes \(.*\); the next try is planned with less$"):
+            run_stage("merge", sent, replace(PLENTY, ram_bytes=5_000_000))
+        assert room(runs, 5_000_000) == pytest.approx(share)
+    assert room(runs, 6_000_000) == 1.0, "another limit begins anew"
+    for damaged in ("", "{", "7", "[5000000, 0]", "[5000000, 3]", '[5000000, "x"]'):
+        (runs / ROOM).write_text(damaged)
+        assert room(runs, 5_000_000) == 1.0
 
 
 def test_a_child_that_is_killed_is_a_stage_error(slow_base: Path, tmp_path: Path) -> None:

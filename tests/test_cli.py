@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import sqlite3
@@ -118,8 +119,10 @@ def test_a_day_and_a_night_and_back(home: Path) -> None:
 
 def test_the_night_says_how_it_was_planned_and_what_it_took(home: Path) -> None:
     run(home, "observe", "-", stdin=lines(4))
-    code, out, _ = run(home, "adapt")
+    code, out, _ = run(home, "adapt", "--compare", "Q4_0,F16")
     plan = next(line for line in out.splitlines() if line.startswith("plan"))
+    survival = next(line for line in out.splitlines() if line.startswith("survival"))
+    assert all(f"{what} " in survival for what in ("nats unmerged; int8", "Q4_0", "F16")) and survival.count("of the gain") == 3
     assert code == 0 and "2 of 2 layers, weights resident" in plan and "took" in plan
     assert (home / "runs/latents.db").parent.stat().st_mode & 0o777 == 0o700
     assert not (home / "runs/checkpoint.safetensors").exists()
@@ -140,7 +143,8 @@ def test_a_loss_that_is_not_a_number_refuses_the_night_and_names_step_and_rows(h
     config.write_text(config.read_text().replace("learning_rate = 0.02", "learning_rate = 1e38"))
     run(home, "observe", "-", stdin=lines(3))
     code, out, error = run(home, "adapt")
-    assert code == 3 and "refused: training loss is" in out and "of 12 (rows: new" in out, error
+    assert code == 3 and re.search(r"refused: training loss is .* of 12 \(rows: [123]", out), error
+    assert "`edgecl forget ID`" in out
     assert pending(home) == 3 and json.loads(run(home, "status", "--json")[1])["last_night"]["accepted"] is False
 
 

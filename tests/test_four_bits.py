@@ -84,3 +84,20 @@ def test_a_mixture_learns_in_minimums_where_it_has_four_bits_and_in_codes_where_
             assert {name: served.tensors[name].qtype for name in layers} == {
                 name: Q.Q4_1 if qtype == Q.Q4_K else qtype for name, qtype in layers.items()
             }
+
+
+@pytest.mark.parametrize(("at_most", "served"), [(0.01, "model-Q8_0.gguf"), (-1.0, "base + adapter")])
+def test_a_merge_that_loses_the_night_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most: float, served: str
+) -> None:
+    monkeypatch.setattr("edgecl.night.NEGLIGIBLE_NATS", at_most)
+    model = tiny.build(tmp_path / "tiny.gguf", qtype=Q.F16, width=128)[0]
+    gate, little = GateSettings(max_prose_nats=100.0, min_survival=1.0), replace(TRAIN, min_steps=2, learning_rate=0.002)
+    settings = LOOSE | {"gate": gate, "train": little}
+    with Learner.init(model, tmp_path / "home", quant="Q4_0", **settings) as learner:
+        learner.observe([json.dumps({"prompt": "anne", "completion": "left"})])
+        report = learner.adapt(gate="report")
+        assert report.losses["Q4_0"] > report.losses["adapter"] + 0.01
+        assert report.served == served and report.reason.startswith("Q4_0 kept ") and f"so {served} serves" in report.reason
+        current = learner.generations.current()
+        assert (current.adapter is None) == (served != "base + adapter") and len(list(current.folder.glob("model-*"))) <= 1

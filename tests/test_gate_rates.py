@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +49,19 @@ def test_errors_are_counted_by_what_a_night_was_known_to_be() -> None:
     assert found["false acceptances"][2:] == pytest.approx((0.0, 0.658), abs=1e-3)
     text = gate_rates.table(nights, found)
     assert f"| {kinds[0]} | 1 of 2 | no gain |" in text and "false refusals: 1 of 2" in text
+
+
+def test_json_has_intervals_and_the_settings_of_the_nights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, (kind, (is_good, *_)) in enumerate(gate_rates.KINDS.items()):
+        night = {"kind": kind, "is_good": is_good, "seed": 0, "accepted": is_good, "reason": ""}
+        (tmp_path / f"night-0-{i}.json").write_text(json.dumps(night))
+    monkeypatch.setattr("sys.argv", ["gate_rates.py", "--seeds", "1", "--json", "--out", str(tmp_path)])
+    gate_rates.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == {"rows": 128, "written": 112, "epochs": 2, "min_steps": 24}
+    for name, n in (("false refusals", 3), ("false acceptances", 4)):
+        rate = found["rates"][name]
+        assert (rate["errors"], rate["nights"]) == (0, n)
+        assert rate["wilson_95"] == pytest.approx(gate_rates.wilson_interval(0, n))

@@ -1,6 +1,11 @@
 """Latent cache: the same states as computed anew, found again on later nights, never a wrong or stale one."""
 
+import resource
+import shutil
 import sqlite3
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from tiny import build, random_adapter, random_tokens
 from edgecl.profile import Profile, TrainSettings
 from edgecl.train import LatentStore, Night, TrainRow, train
 from edgecl.train.decoder import Decoder
-from edgecl.train.latents import Latents
+from edgecl.train.latents import OF_FREE, Latents
 from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
 from edgecl.train.weights import Placement
@@ -140,6 +145,54 @@ def test_a_disk_that_is_full_costs_time_not_the_night(base, tmp_path):
     with LatentStore(tmp_path / "l.db", "b", max_bytes=10) as store:
         first, second = latents(base, store), latents(base, store)
         assert torch.equal(states(first), states(second)) and second.n_found == 0
+
+
+@contextmanager
+def full_disk():
+    """Files of this process cannot grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["no folder", "full"])
+def test_where_no_cache_can_be_written_nothing_is_kept(base, tmp_path, is_there):
+    folder = tmp_path / "runs"
+    if is_there:
+        folder.mkdir()
+    with full_disk(), LatentStore(folder / "l.db", "b") as store:
+        first, second = latents(base, store), latents(base, store)
+        assert torch.equal(states(first), states(second)) and second.n_found == 0
+
+
+def test_a_cache_that_another_process_has_locked_is_left_as_it_is(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+    path = tmp_path / "l.db"
+    with LatentStore(path, "b") as store:
+        wanted = states(latents(base, store))
+        other = sqlite3.connect(path)
+        other.execute("BEGIN EXCLUSIVE")
+        assert torch.equal(states(latents(base, store)), wanted)
+        with LatentStore(path, "b") as later:
+            assert torch.equal(states(latents(base, later)), wanted)
+        other.close()
+        again = latents(base, store)
+        assert torch.equal(states(again), wanted) and again.n_computed == 0, "what was there is there"
+
+
+def test_a_cache_grows_by_a_share_of_the_free_disk_at_most(base, tmp_path, monkeypatch):
+    path, row_bytes = tmp_path / "l.db", 4 * 64 * 8
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(row_bytes / OF_FREE)))
+    for n_opened in (1, 2, 3):  # each time there is room for one more
+        with LatentStore(path, "b") as store:
+            for i in range(2):
+                latents(base, store).states([random_tokens(8, 10 * n_opened + i)])
+        database = sqlite3.connect(path)
+        assert database.execute("SELECT count(*) FROM latents").fetchone() == (n_opened,)
+        database.close()
 
 
 def test_what_the_base_predicts_on_general_text_is_kept_too(base, tmp_path):

@@ -75,6 +75,7 @@ def test_verdicts_follow_the_rows(cells: Path, data: Path, monkeypatch: pytest.M
     assert verdict("0.1% replay lifts", "F16") == "replicated"
     assert verdict("best balance", "Q4_0") == "replicated"
     assert verdict("suffices for words", "2%") == "replicated"
+    assert verdict("suffices for code", "5%") == "not testable: the last stage"
     assert verdict("faster", "tg128") == "replicated" and verdict("faster", "pp512") == "not replicated"
     for gap in (v for v in found["verdicts"] if v["low"] is not None):
         assert gap["low"] <= gap["gap"] <= gap["high"]
@@ -96,6 +97,28 @@ def test_a_row_counts_once_at_however_many_shares_it_was_measured() -> None:
     once, often = found([0.02]), found([0.001, 0.02, 0.05])
     assert [(v.gap, v.low, v.high) for v in often] == [pytest.approx((v.gap, v.low, v.high)) for v in once]
     assert all(v.low < v.gap < v.high for v in once)
+
+
+def test_a_gap_between_two_first_nights_is_no_gap_between_two_buffers() -> None:
+    cells = [cell(arm, share, 0) for arm in verdicts.ARMS for share in SHARES]
+    other = next(one for one in cells if (one["precision"], one["replay"]) == ("int4", 0.001))
+    right = other["rows"][0]["words"]["right"]
+    other["rows"][0]["words"]["right"] = right[::-1]  # as many are right, but not the same
+    found = [verdict.verdict for verdict in verdicts.tiny_buffer(verdicts.Grid(cells))]
+    assert found == ["replicated", "replicated", "not testable: the first nights differ"]
+
+
+def test_cells_of_other_settings_are_no_grid() -> None:
+    cells = [cell(arm, share, seed) for arm in verdicts.ARMS for share in SHARES for seed in (0, 1)]
+    for one in cells:  # rows are of a seed, a quant is of an arm
+        one["of"] = {"rows": str(one["seed"]), "quant": one["precision"], "base": "a", "train.epochs": 3}
+    assert verdicts.Grid(cells).seeds == [0, 1]
+    cells[-1]["of"] |= {"train.epochs": 2}
+    with pytest.raises(SystemExit, match="cells are of 2 bases, versions or settings"):
+        verdicts.Grid(cells)
+    del cells[-1]["of"]
+    with pytest.raises(SystemExit, match="cells are of 2 bases"):
+        verdicts.Grid(cells)
 
 
 def test_a_grid_without_a_whole_seed_is_refused_in_one_line(cells: Path) -> None:

@@ -137,23 +137,50 @@ def test_intervals_of_a_stream_hold_what_was_measured_and_its_bounds() -> None:
         [np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 1, 1, 1])],
         [np.array([1.0, 0, 1, 0]), np.array([1.0, 0, 1, 1, 1])],
     )
-    found = stream_intervals(learned, final)
+    nights = [learned[:1], final]
+    found = stream_intervals(nights)
     scores = np.array([[0.75, np.nan], [0.5, 0.8]])
     assert found["acc"][0] < average_accuracy(scores) < found["acc"][1]
     assert found["bwt"][0] < backward_transfer(scores) <= found["bwt"][1] == 0  # no row of the first task got better
     plasticity, retention = plasticity_retention(scores)[-1]
     assert found["plasticity"][0] < plasticity < found["plasticity"][1]
     assert found["retention"][0] < retention <= found["retention"][1] == 1
-    assert found == stream_intervals(learned, final)
+    assert found["forgetting"] == tuple(-x for x in found["bwt"][::-1]), "of one night the best is the first"
+    assert found == stream_intervals(nights)
     sure = [np.ones(3), np.zeros(2)]
-    assert stream_intervals(sure, sure) == {
+    assert stream_intervals([sure, sure]) == {
         "acc": (0.5, 0.5),
         "bwt": (0.0, 0.0),
+        "forgetting": (0.0, 0.0),
         "plasticity": (0.5, 0.5),
         "retention": (1.0, 1.0),
     }
-    alone = stream_intervals(sure[:1], sure[:1])
-    assert alone == {"acc": (1.0, 1.0), "bwt": (0.0, 0.0), "plasticity": (1.0, 1.0), "retention": (1.0, 1.0)}
+    alone = stream_intervals([sure[:1]], sure[:1])
+    nothing = dict.fromkeys(("bwt", "fwt", "forgetting"), (0.0, 0.0))
+    assert alone == {"acc": (1.0, 1.0), **nothing, "plasticity": (1.0, 1.0), "retention": (1.0, 1.0)}
+
+
+def test_intervals_of_forward_transfer_and_forgetting_hold_what_was_measured() -> None:
+    rng = np.random.default_rng(3)
+    share = np.array([[0.9, 0.3, 0.0], [0.95, 0.8, 0.2], [0.6, 0.7, 0.9]])
+    nights = [[(rng.random(80) < p).astype(float) for p in share[i, : i + 2]] for i in range(3)]
+    base = [(rng.random(80) < 0.1).astype(float) for _ in range(3)]
+    scores = np.full((3, 3), np.nan)
+    for i, night in enumerate(nights):
+        scores[i, : len(night)] = [rows.mean() for rows in night]
+    found = stream_intervals(nights, base)
+    measured = {"fwt": forward_transfer(scores, np.array([rows.mean() for rows in base])), "forgetting": forgetting(scores)}
+    for name, value in measured.items():
+        low, high = found[name]
+        assert low < value < high and high - low < 0.25
+    assert "fwt" not in stream_intervals(nights)
+    paired = stream_intervals(nights, [base[0], nights[0][1], nights[1][2]])  # the base answers as the model just before
+    assert paired["fwt"] == (0.0, 0.0), "the same rows are drawn of both"
+    for wrong in (base[:2], [*base[:2], base[2][1:]]):
+        with pytest.raises(DataError, match="same rows of every task"):
+            stream_intervals(nights, wrong)
+    with pytest.raises(DataError, match="same rows of every task"):
+        stream_intervals([[rows[0]] for rows in nights])
 
 
 def test_the_interval_of_acc_holds_the_truth_as_often_as_it_says() -> None:
@@ -162,7 +189,7 @@ def test_the_interval_of_acc_holds_the_truth_as_often_as_it_says() -> None:
     held = 0
     for _ in range(300):
         rows = [(rng.random(60) < p).astype(float) for p in (0.9, 0.6)]
-        low, high = stream_intervals(rows, rows)["acc"]
+        low, high = stream_intervals([rows, rows])["acc"]
         held += low <= 0.75 <= high
     assert 0.90 <= held / 300 <= 0.99
 
@@ -170,7 +197,7 @@ def test_the_interval_of_acc_holds_the_truth_as_often_as_it_says() -> None:
 @pytest.mark.parametrize("learned", [[], [np.ones(2)], [np.ones(3), np.ones(0)], [np.ones(3), np.ones(2)]])
 def test_rows_that_are_not_the_same_twice_have_no_intervals(learned: list[np.ndarray]) -> None:
     with pytest.raises(DataError, match="same rows of every task"):
-        stream_intervals(learned, [np.ones(3), np.ones(0)])
+        stream_intervals([learned, [np.ones(3), np.ones(0)]])
 
 
 # --- survival ---------------------------------------------------------------------------------------------------------

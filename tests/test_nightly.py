@@ -31,8 +31,9 @@ from edgecl.child import run_stage
 from edgecl.device import Sensors
 from edgecl.errors import EdgeclError, NothingToLearn, NotNow, SettingError, StageError
 from edgecl.gate import GateSettings
-from edgecl.nightly import ADAPTERS, needed_bytes, nightly
+from edgecl.nightly import ADAPTERS, CACHES_LEAVE, needed_bytes, nightly
 from edgecl.profile import ReplaySettings, TrainSettings
+from edgecl.train.latents import OF_FREE
 from edgecl_convert import read_gguf_adapter
 from tests import tiny
 
@@ -177,16 +178,24 @@ def test_a_night_interrupted_five_times_at_random_ends_with_the_same_adapter(
     assert adapters[0] == adapters[1]
 
 
-def test_a_night_whose_checkpoint_is_damaged_trains_from_the_start(
-    home: Path, whole: tuple[Path, AdaptReport], monkeypatch: pytest.MonkeyPatch
+OLDER = b'version\\": 2', b'version\\": 1'
+
+
+@pytest.mark.parametrize("damaged", [lambda made: made[:-100], lambda made: made.replace(*OLDER)], ids=["cut", "older"])
+def test_a_night_whose_checkpoint_is_damaged_or_of_another_version_trains_from_the_start_and_says_so(
+    home: Path, whole: tuple[Path, AdaptReport], monkeypatch: pytest.MonkeyPatch, damaged: Callable[[bytes], bytes]
 ) -> None:
     with Learner(home) as learner:
         with monkeypatch.context() as patch:
             Sitting(learner, "steps", patch).run()
         path = home / "runs/checkpoint.safetensors"
-        path.write_bytes(path.read_bytes()[:-100])
+        made = path.read_bytes()
+        path.write_bytes(damaged(made))
+        assert path.read_bytes() != made
         report = learner.adapt()
     assert report.accepted and report.train["resumed_at"] == 0
+    assert "its checkpoint is damaged or of another version" in report.train["plan"]
+    assert (home / "runs/checkpoint.old").read_bytes() == damaged(made)
     adapters = [(folder / "generations/0001/adapter.gguf").read_bytes() for folder in (home, whole[0])]
     assert adapters[0] == adapters[1]
 
@@ -393,6 +402,15 @@ def test_the_disk_that_a_night_needs_is_what_it_fills_at_most(whole: tuple[Path,
         as_int4 = needed_bytes(replace(learner.settings, quant="int4"), learner.profile.ram_bytes)
         adapter = sum(a.nbytes + b.nbytes for a, b in read_gguf_adapter(folder / "adapter.gguf").pairs.values())
         assert as_int4 - needed == ADAPTERS * adapter, "its adapters are of twice the rank"
+
+
+def test_a_night_needs_the_disk_that_its_caches_leave_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CACHES_LEAVE == 1 - 2 * OF_FREE, "one of the adapter's rows, one of the asker's"
+    machine = Machine(home.parent / "machine")
+    free = shutil.disk_usage(home).free
+    monkeypatch.setattr("edgecl.nightly.needed_bytes", lambda *_: int(0.8 * free))
+    with Learner(home) as learner, pytest.raises(NotNow, match=r"GB of disk are free, a night needs"):
+        nightly(learner, machine.sensors, progress=lambda *_: pytest.fail("a child ran"))
 
 
 # --- the terminal app -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build, random_tokens
 
-from edgecl.errors import EdgeclError
+from edgecl.errors import EdgeclError, NotNow
 from edgecl.profile import Profile, TrainSettings
 from edgecl.shape import Shape, read_shape
 from edgecl.train import Night, TrainRow, loop, plan, train
@@ -107,14 +107,38 @@ def test_what_attention_works_with_grows_with_the_square_of_a_row():
     assert found[1] - found[0] > (LLAMA_1B.n_layer + 1 + 2) * pairs, "what each layer keeps, what they see, what one computes"
 
 
-def test_a_run_that_is_gone_on_from_keeps_its_parts_or_says_what_it_needs():
+def test_after_a_try_that_took_too_much_is_planned_with_less_and_what_is_needed_is_said_for_it():
+    whole, less = (plan_memory(SMOLLM, CPU32, TRAIN, int(0.9e9), STEPS, 32, 300_000_000, 0, share) for share in (1.0, 0.85))
+    assert less.peak_rss_bytes < 0.85 * 0.9e9 < whole.peak_rss_bytes and less.n_resident < whole.n_resident
+    with pytest.raises(EdgeclError, match=r"needs (\d+) MB of memory at least, ram_bytes is 500 MB") as caught:
+        plan_memory(SMOLLM, CPU32, TRAIN, int(5e8), STEPS, 32, 300_000_000, 0, 0.85)
+    needed = int(str(caught.value).split("needs ")[1].split(" MB")[0])
+    plan_memory(SMOLLM, CPU32, TRAIN, (needed + 2) * 10**6, STEPS, 32, 300_000_000, 0, 0.85)
+
+
+def test_a_run_that_is_gone_on_from_keeps_its_parts_where_they_fit():
     many = [[ROW] * 24] * 12
     made = planned(4e9, steps=many)
     again = plan_memory(SMOLLM, CPU32, TRAIN, int(0.9e9), many, 32, 300_000_000, made.micro_tokens)
     assert again.micro_tokens == made.micro_tokens > planned(0.55e9, steps=many).micro_tokens
     assert again.peak_rss_bytes <= 0.9e9
+    assert plan_memory(SMOLLM, CPU32, TRAIN, int(0.55e9), many, 32, 300_000_000, made.micro_tokens) == planned(
+        0.55e9, steps=many
+    )
     with pytest.raises(EdgeclError, match=r"needs \d+ MB of memory at least"):
-        plan_memory(SMOLLM, CPU32, TRAIN, int(0.55e9), many, 32, 300_000_000, made.micro_tokens)
+        plan_memory(SMOLLM, CPU32, TRAIN, int(0.35e9), many, 32, 300_000_000, made.micro_tokens)
+
+
+def test_a_plan_says_what_makes_it_slow():
+    made = replace(planned(4e9), seconds=90)
+    size = f"{made.peak_rss_bytes / 1e6:.0f} MB"
+    assert str(made) == f"30 of 30 layers, weights resident, parts of {made.micro_tokens} tokens: 90 s, {size}"
+    assert ", head packed, " in str(replace(made, resident_head=False))
+    assert ", weights packed, " in str(replace(made, resident_head=False, n_resident=0))
+    slow = replace(made, first_layer=20, checkpointing=True, few_kernels=True)
+    assert str(slow).startswith("10 of 30 layers for lack of time, ")
+    assert f"parts of {made.micro_tokens} tokens, layers computed twice, few kernels kept: " in str(slow)
+    assert "time" not in str(planned(4e9, depth=0.3))
 
 
 # --- time, measured ---------------------------------------------------------------------------------------------------
@@ -139,8 +163,32 @@ def test_a_night_short_of_time_trains_fewer_layers(base, monkeypatch):
         trained = {name.split(".")[1] for name, (_, b) in adapter.pairs.items() if b.any()}
         depths[minutes] = len(trained)
         assert report.plan.startswith(f"{len({n.split('.')[1] for n in adapter.pairs})} of 10 layers")
+        assert (" for lack of time" in report.plan) == (minutes < 1)
     assert depths[100] == 10 and depths[0.001] <= 2
     assert math.isclose(read_shape(base).n_layer, 10)
+
+
+def test_a_checkpoint_whose_parts_do_not_fit_any_more_is_left_for_a_new_start(base, tmp_path):
+    many = [TrainRow(random_tokens(60, i), [False] * 50 + [True] * 10) for i in range(24)]
+    settings = TrainSettings(depth=1.0, epochs=3, min_steps=1, batch_rows=24, anchor_weight=0.0)
+    shape, place = read_shape(base), loop.placement(0)
+
+    def parts(ram_bytes: int) -> int:
+        try:
+            return plan_memory(shape, place, settings, ram_bytes, [many], 0, 300_000_000, 768).micro_tokens
+        except EdgeclError:
+            return 0
+
+    least = next(ram for ram in range(400_000_000, 900_000_000, 500_000) if parts(ram))
+    assert 0 < parts(least) < parts(900_000_000) == 768
+    steps = {}
+    for ram_bytes in (900_000_000, least):
+        path, told = tmp_path / f"{ram_bytes}.safetensors", iter([False, True])
+        with pytest.raises(NotNow):
+            train(base, many, [], settings, Profile(threads=1), Night(checkpoint=path, stop=lambda told=told: next(told)))
+        _, report = train(base, many, [], settings, Profile(threads=1, ram_bytes=ram_bytes), Night(checkpoint=path))
+        steps[ram_bytes] = report.resumed_at, report.steps, "its checkpoint's parts of 768 tokens do not fit" in report.plan
+    assert steps == {900_000_000: (1, 3, False), least: (0, 3, True)}
 
 
 def test_the_report_shows_what_was_expected_beside_what_was(base):

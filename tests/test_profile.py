@@ -41,6 +41,7 @@ def test_every_shipped_profile_loads_and_says_every_limit(path: Path) -> None:
 def test_laptop_cpu_is_shipped_and_is_the_default() -> None:
     assert "laptop-cpu" in [path.stem for path in SHIPPED]
     assert Settings(base="b").profile == "laptop-cpu"
+    assert load_profile("laptop-cpu") == Profile()
 
 
 def test_an_unknown_profile_is_answered_with_the_known_ones(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from edgecl import Learner
-from edgecl.cli import streams
+from edgecl.cli import cli, streams
 from edgecl.cli.streams import print_stream
-from edgecl.errors import DataError, SettingError
+from edgecl.errors import DataError, EdgeclError, NotNow, SettingError
+from edgecl.gate import GateSettings
 from edgecl.generations import unpublished
+from edgecl.lock import night_lock
 from edgecl.profile import ReplaySettings, TrainSettings
 from edgecl.stream import Cell, Stream, _Run, run_stream
 from edgecl_convert import GgufFile, merge, read_gguf_adapter
@@ -96,15 +98,50 @@ def test_a_cell_reports_how_far_int4_is_from_int8(
         assert against["answer_loss_nats"] == pytest.approx(loss - mean_loss(int8), abs=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("quant", "less", "serves", "rate", "least"),
+    [("Q4_0", "Q4_0", "model-Q8_0.gguf", 0.01, 0.85), ("int8", "int4", "base + adapter", 0.002, 1.0)],
+)
+def test_where_another_type_serves_int8_is_compared_with_the_wanted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str, less: str, serves: str, rate: float, least: float
+) -> None:
+    base = tiny.build(tmp_path / "tiny.gguf", qtype=gguf.GGMLQuantizationType.F16, width=128)[0]
+    stream = write_data(tmp_path)
+    gate, init, real, expected = GateSettings(min_survival=least), Learner.init, _Run._against_int8, []
+    monkeypatch.setattr(Learner, "init", lambda *args, **told: init(*args, **told, gate=gate))
+
+    def watched(run: _Run, learner: Learner, served: dict[str, Any]) -> dict[str, Any] | None:
+        adapter = read_gguf_adapter(learner.generations.current().folder / "adapter.gguf")
+        rows = [row for task in stream.tasks for row in stream.test[task]]
+        with GgufFile(base) as file:
+            for qtype in ("Q4_1" if less == "int4" else less, "Q8_0"):
+                merge(file, adapter, tmp_path / f"{qtype}.gguf", qtype)
+                scores = learner.meter().scores(unpublished(tmp_path, tmp_path / f"{qtype}.gguf", None), rows)
+                expected.append(sum(score.loss_nats for score in scores.values()) / 6)
+        return real(run, learner, served)
+
+    monkeypatch.setattr(_Run, "_against_int8", watched)
+    little = replace(TRAIN, min_steps=2, learning_rate=rate)
+    cell = Cell(quant, replay=0.0, written=0)
+    (found,) = run_stream(stream, [cell], model=str(base), home=tmp_path / "cells", train=little)
+    assert found["nights"][-1]["served"] == serves
+    against = found["against_int8"]
+    assert against["quant"] == less and abs(expected[0] - expected[1]) > 0.01
+    assert against["answer_loss_nats"] == pytest.approx(expected[0] - expected[1], abs=5e-3)
+
+
 def test_the_matrix_has_what_was_measured_and_nothing_else(results: tuple[list[dict[str, Any]], Path, Path, Stream]) -> None:
     for result in results[0]:
         matrix = result["matrix"]
         assert all(value is not None for row in matrix for value in row)  # the second task is measured before it is learned
         assert result["acc"] == pytest.approx(sum(matrix[-1]) / 2, abs=1e-4)
         assert result["bwt"] == pytest.approx(matrix[1][0] - matrix[0][0], abs=1e-4)
-        for name in ("acc", "bwt"):
+        for name in ("acc", "bwt", "fwt", "forgetting"):
             low, high = result["intervals"][name]
             assert low <= result[name] <= high
+        for task, base in zip(result["tasks"], result["base"], strict=True):
+            assert result["base_rows"][task]["right"].count("1") / 3 == pytest.approx(base, abs=1e-4)
+            assert len(result["base_rows"][task]["loss_nats"]) == 3
         losses = result["answer_loss_nats"]
         assert losses[1][1] < losses[0][1], "the second night did not learn its task"
         assert [night["task"] for night in result["nights"]] == ["left", "right"]
@@ -170,7 +207,7 @@ def test_a_finished_cell_is_read_back(results: tuple[list[dict[str, Any]], Path,
 
 
 def test_a_finished_cell_is_not_read_back_for_other_rows_or_another_model(
-    results: tuple[list[dict[str, Any]], Path, Path, Stream],
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
 ) -> None:
     _, home, base, stream = results
     cell = Cell(quant="int4", replay=0.5, written=8)
@@ -178,16 +215,127 @@ def test_a_finished_cell_is_not_read_back_for_other_rows_or_another_model(
     before = path.read_bytes()
     fewer = replace(stream, train={task: rows[1:] for task, rows in stream.train.items()})
     reordered = replace(stream, tasks=stream.tasks[::-1])
-    for other, model, gate in ((fewer, base, "report"), (reordered, base, "report"), (stream, "other", "report")):
+    judged = replace(stream, test={task: [replace(row, final="7") for row in rows] for task, rows in stream.test.items()})
+    other_base = tiny.build(tmp_path / base.name, qtype=gguf.GGMLQuantizationType.Q4_0, width=128, seed=1)[0]
+    for other, model, gate, key in (
+        (fewer, base, "report", "rows"),
+        (reordered, base, "report", "rows"),
+        (judged, base, "report", "rows"),
+        (stream, other_base, "report", "base"),
+        (stream, base, "enforce", "gate"),
+    ):
         with pytest.raises(DataError, match="is of other rows") as caught:
             list(run_stream(other, [cell], model=str(model), home=home, train=TRAIN, gate=gate))
-        assert path.name in str(caught.value) and "--home" in str(caught.value)
-    with pytest.raises(DataError, match="gate"):
+        said = str(caught.value)
+        assert path.name in said and "--home" in said and "remove it" in said and f"({key} " in said and "\n" not in said
+    with pytest.raises(DataError, match="gate report, now enforce"):
         list(run_stream(stream, [cell], model=str(base), home=home, train=TRAIN, gate="enforce"))
+    with pytest.raises(DataError, match=r"\(train.epochs 1, now 2\)"):
+        list(run_stream(stream, [cell], model=str(base), home=home, train=replace(TRAIN, epochs=2)))
     assert path.read_bytes() == before
-    path.write_text(json.dumps({key: value for key, value in json.loads(before).items() if key != "of"}))
-    assert list(run_stream(fewer, [cell], model=str(base), home=home, train=TRAIN)), "an earlier version did not say"
-    path.write_bytes(before)
+    moved = base.rename(base.with_name("moved.gguf"))
+    assert list(run_stream(stream, [cell], model=str(moved), home=home, train=TRAIN)), "the same bytes elsewhere"
+    moved.rename(base)
+
+
+def test_a_cell_that_does_not_say_what_it_is_of_is_refused_before_another_is_run(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    found, _, base, stream = results
+    old = Cell(quant="int4", replay=0.0, written=0)
+    path = tmp_path / f"{old.name}.json"
+    for of in ({}, {"of": "0123456789abcdef"}):
+        path.write_text(json.dumps({key: value for key, value in found[1].items() if key != "of"} | of))
+        before = path.read_bytes()
+        with pytest.raises(DataError, match=f"{old.name}.json: is of other rows.*earlier version.*--home"):
+            next(run_stream(stream, [Cell(), old], model=str(base), home=tmp_path, train=TRAIN))
+        assert path.read_bytes() == before and len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_a_damaged_result_is_named_in_one_line(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    _, _, base, stream = results
+    cell = Cell(written=0)
+    first = tmp_path / "first" / cell.first_night
+    first.mkdir(parents=True)
+    for path in (tmp_path / f"{cell.name}.json", first / "measured.json"):
+        for text in ('{"of": ', "7", "\xff"):
+            path.write_bytes(text.encode("latin1"))
+            home = path.parent if path.parent == tmp_path else tmp_path / "first"
+            with pytest.raises(DataError, match=r"is damaged: .*; remove it") as caught:
+                list(run_stream(stream, [cell], model=str(base), home=home, train=TRAIN))
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_second_stream_in_the_same_home_is_told_to_come_later(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    _, _, base, stream = results
+    cell = Cell(written=0)
+    begun = tmp_path / cell.first_night / "edgecl.toml"
+    begun.parent.mkdir()
+    begun.write_text("")
+    with night_lock(tmp_path), pytest.raises(NotNow, match="another night is running"):
+        list(run_stream(stream, [cell], model=str(base), home=tmp_path, train=TRAIN))
+    assert begun.is_file(), "the first night of the other"
+    running = run_stream(stream, [Cell(written=0, replay=0.0)], model=str(base), home=tmp_path / "b", train=TRAIN)
+    next(running)
+    with pytest.raises(NotNow):
+        next(run_stream(stream, [cell], model=str(base), home=tmp_path / "b", train=TRAIN))
+    assert list(running) == []
+    with night_lock(tmp_path / "b"):
+        pass
+
+
+def test_a_quant_or_model_that_is_unknown_is_said_before_the_first_cell(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    _, _, base, stream = results
+    home = tmp_path / "home"
+    cells = [Cell(written=0), Cell("int9", written=0)]
+    with pytest.raises(EdgeclError, match=r"quant must be one of .* got int9"):
+        next(run_stream(stream, cells, model=str(base), home=home, train=TRAIN))
+    with pytest.raises(EdgeclError, match=r"quant must be one of .* got int9"):
+        next(run_stream(stream, cells[:1], model=str(base), home=home, train=TRAIN, compare=["int9"]))
+    with pytest.raises(EdgeclError, match=r"missing\.gguf"):
+        next(run_stream(stream, cells[:1], model=str(tmp_path / "missing.gguf"), home=home, train=TRAIN))
+    assert not home.exists()
+
+
+def test_the_home_of_every_day_is_no_place_for_a_stream(
+    results: tuple[list[dict[str, Any]], Path, Path, Stream], tmp_path: Path
+) -> None:
+    _, home, base, _ = results
+    (tmp_path / "edgecl.toml").write_text("")
+    options = ["stream", str(home.parent), "--model", str(base), "--quant", "int9"]
+    found = CliRunner().invoke(cli, options, env={"EDGECL_HOME": str(tmp_path)}).exception
+    assert isinstance(found, EdgeclError) and "got int9" in str(found), "its place is temporary"
+    found = CliRunner().invoke(cli, ["--home", str(tmp_path), *options]).exception
+    assert isinstance(found, SettingError) and f"{tmp_path} is a learner's home" in str(found)
+    assert [path.name for path in tmp_path.iterdir()] == ["edgecl.toml"]
+
+
+@pytest.mark.parametrize("n", [1, 10, 20])
+def test_a_matrix_of_ten_tasks_fits_80_columns_and_no_line_of_a_longer_one_breaks(
+    n: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    tasks = [f"{i} of_eighteen_chars"[:18] for i in range(n)]
+    matrix = [[1.0 if j <= i else 0.5 if j == i + 1 else None for j in range(n)] for i in range(n)]
+    intervals = dict.fromkeys(("acc", "bwt"), (-0.125, 0.875))  # of an earlier version, without FWT and forgetting
+    facts = {"quant": "int8", "precision": "", "replay": 0.1, "written": 1200, "seed": 0, "acc": 1.0, "bwt": -0.5}
+    night = {"prose": {"base": 3.0, "after": 3.25}}
+    result = facts | {"fwt": 0.25, "forgetting": 0.5, "tasks": tasks, "matrix": matrix, "intervals": intervals}
+    print_stream(result | {"nights": [night] * n})
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("night"))
+    assert lines[begin].split() == ["night", *map(str, range(1, n + 1)), "prose"]
+    for i, (line, task) in enumerate(zip(lines[begin + 1 :], tasks, strict=False)):
+        assert line.startswith(f"{i + 1} {task}") and line.endswith("+0.25") and line.count("100%") == i + 1
+    assert n > 10 or max(map(len, lines)) <= 80
+    assert ["BWT", "-0.500", "-0.125", "to", "0.875"] in [line.split() for line in lines]
+    assert ["FWT", "0.250"] in [line.split() for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from tiny import N_VOCAB, STD, WINDOW, Tiny, build, random_adapter, random_token
 
 from edgecl.errors import Diverged
 from edgecl.profile import Profile, TrainSettings
-from edgecl.train import Night, TrainRow, loop, train
+from edgecl.train import Night, TrainRow, loop, train, weights
 from edgecl.train.decoder import Decoder
 from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
 from edgecl.train.optimizer import AdamW
 from edgecl.train.packing import tree
-from edgecl.train.weights import Placement
+from edgecl.train.weights import Placement, placement
 from edgecl_convert import GgufFile, UnsupportedError, in_minimums, merge
 from edgecl_convert.grid import by_block
 from edgecl_convert.names import module_of
@@ -321,6 +321,112 @@ def test_loss_that_is_not_a_number_is_an_error(models, monkeypatch):
     monkeypatch.setattr(loop, "backward", lambda *arguments: [float("nan")] * len(arguments[2]))
     with pytest.raises(Diverged, match=r"step 1 of 20 \(rows: new [123], .*learning_rate"):
         fit(base, facts(3, 1), [], FAST)
+
+
+def test_a_loss_that_is_not_a_number_names_its_rows_and_not_the_whole_step(models, monkeypatch):
+    base, _ = models("llama")
+    new = [replace(row, name=str(10 + i)) for i, row in enumerate(facts(8, 1))]
+    replay = [replace(row, name="written") for row in facts(6, 2)]
+
+    def spoilt(names: set[str]):
+        def losses_of(*arguments) -> list[float]:
+            return [float("nan") if row.name in names else 1.0 for row in arguments[2]]
+
+        monkeypatch.setattr(loop, "backward", losses_of)
+        with pytest.raises(Diverged) as caught:
+            fit(base, new, replay, FAST)
+        assert "or remove the row that causes it (`edgecl forget ID`)" in str(caught.value)
+        return str(caught.value).split("(rows: ")[1].split("); lower")[0]
+
+    assert spoilt({"12"}) == "12" and spoilt({"written"}) == "written"
+    assert sorted(spoilt({"12", "written"}).split(", ")) == ["12", "written"]
+    some = spoilt({row.name for row in new})
+    assert some.endswith(" and 3 more") and len(some.split(", ")) == loop.NAMED
+
+
+# --- what is returned -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def after_each_step(monkeypatch):
+    """Return the trained numbers as they were before the first step, and after each."""
+    seen, step = [], AdamW.step
+
+    def noted(self, learning_rate):
+        if not seen:
+            seen.append(self.flat.detach().clone())
+        step(self, learning_rate)
+        seen.append(self.flat.detach().clone())
+
+    monkeypatch.setattr(AdamW, "step", noted)
+    return seen
+
+
+def pairs_of(base, flat, settings=FAST):
+    lora = Lora(base, Decoder(base, CPU32).shape, settings.r, settings.lora_alpha, settings.seed, CPU32)
+    lora.flat.detach().copy_(flat)
+    return lora.adapter()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("patience", [0, 3])
+def test_what_is_returned_is_the_best_on_held_out_rows_else_the_average_else_the_last(
+    models, after_each_step, ema_decay, patience
+):
+    base, _ = models("llama")
+    settings = replace(FAST, ema_decay=ema_decay, patience=patience, eval_every=2, learning_rate=1e-2)
+    rows = facts(16, 1)
+    adapter, report = fit(base, rows, [], settings, Night(heldout=[rows[0], *facts(4, 2)]))
+    first, *after = after_each_step
+    averages, average = [], first.double()
+    for step, flat in enumerate(after):
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * flat.double()
+        averages.append(average.float())
+    n_steps = min(report.heldout, key=report.heldout.__getitem__) if patience else report.steps
+    assert report.stopped_early == bool(patience) and (n_steps < report.steps) == bool(patience)
+    wanted, last = pairs_of(base, averages[n_steps - 1]), pairs_of(base, after[-1])
+    for name, pair in adapter.pairs.items():
+        for got, reference in zip(pair, wanted.pairs[name], strict=True):
+            np.testing.assert_allclose(got, reference, atol=1e-6)
+    assert same(adapter, last) == (not ema_decay and not patience)
+    if patience:
+        loss = answer_loss(base, adapter, [rows[0], *facts(4, 2)])
+        assert report.heldout[n_steps] == pytest.approx(loss, rel=0.02), "what is returned is what was measured"
+
+
+# --- where it runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threads", "cores", "used"), [(0, 4, 3), (4, 4, 3), (2, 4, 2), (0, 2, 2), (2, 2, 2), (9, 4, 3)])
+def test_a_core_of_more_than_two_is_left_however_many_threads_are_asked_for(models, monkeypatch, threads, cores, used):
+    base, _ = models("llama")
+    asked = []
+    monkeypatch.setattr(weights, "default_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    fit(base, facts(3, 1), [], FAST, minutes=1e-9, threads=threads)
+    assert asked == [used]
+
+
+@pytest.mark.parametrize(
+    ("n_gpu_layers", "has_cuda", "is_fast", "device", "dtype"),
+    [
+        (-1, True, True, "cuda", torch.bfloat16),
+        (99, True, False, "cuda", torch.float32),
+        (0, True, True, "cpu", None),
+        (-1, False, True, "cpu", None),
+    ],
+)
+def test_cuda_is_taken_where_it_is_there_and_allowed(monkeypatch, n_gpu_layers, has_cuda, is_fast, device, dtype):
+    def is_supported(including_emulation=True):
+        return is_fast or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    for cpu_is_fast in (True, False):
+        monkeypatch.setattr(weights, "bf16_is_fast", lambda fast=cpu_is_fast: fast)
+        on_cpu = torch.bfloat16 if cpu_is_fast else torch.float32
+        assert placement(n_gpu_layers) == Placement(torch.device(device), dtype or on_cpu)
 
 
 # --- what is merged into minimums -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 from edgecl_convert import ConvertError
 
 from ..errors import EdgeclError
+from ..places import expanded
 from . import chat, day, export, models, night, nightly, privacy, probe, schedule, streams, verify
 from .output import safe
 
@@ -47,7 +49,7 @@ class _Commands(click.Group):
 @click.pass_context
 def cli(context: click.Context, home: Path | None) -> None:
     """A language model that learns every night, on your own machine, from what you accepted or corrected."""
-    context.obj = home
+    context.obj = home and expanded(home)
 
 
 for module in (day, chat, night, nightly, privacy, models, probe, streams, schedule, verify, export):
@@ -61,9 +63,18 @@ def _end(*_: object) -> None:
     sys.exit(TOLD_TO_END)
 
 
+def _origin(error: Exception) -> str:
+    """Return file and line of the innermost code of edgecl that an error passed through."""
+    frames = [(frame.f_globals.get("__name__", ""), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    file, line = [(frame.f_code.co_filename, line) for name, frame, line in frames if name.startswith("edgecl")][-1]
+    return f"{'/'.join(Path(file).parts[-2:])}:{line}"
+
+
 def main() -> None:
     """Run the app and exit with the code that the contract names."""
     signal.signal(signal.SIGTERM, _end)
+    if sys.stdin is None:  # it was closed
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -84,6 +95,10 @@ def main() -> None:
         code = 1
     except SystemExit as ended:
         code = ended.code
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        click.echo(safe(f"edgecl: {what} ({_origin(error)}); this is a defect of edgecl, please report this line"), err=True)
+        code = 1
     if code in (INTERRUPTED, TOLD_TO_END):  # Python would wait for a thread that was just starting, which nobody then ends
         os._exit(code)
     sys.exit(code if isinstance(code, int) else 0)

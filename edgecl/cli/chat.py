@@ -6,7 +6,6 @@ stdout, notes to stderr. readline, where Python has it, edits lines; nothing tha
 
 from __future__ import annotations
 
-import os
 import re
 import select
 import shutil
@@ -22,7 +21,7 @@ from ..errors import DataError, EdgeclError
 from ..learner import Learner
 from ..rows import ObserveReport
 from .day import print_status
-from .output import WordWrap, json_option, print_json, redaction, safe
+from .output import WordWrap, is_dumb, json_option, note, print_json, redaction, safe
 
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
 PASTE_GAP_S = 0.05  # lines of a paste come closer together than this, and typed ones do not
@@ -67,7 +66,7 @@ class _Lines:
             with suppress(ImportError):
                 import readline
 
-                self._pastes_whole = "libedit" not in (readline.__doc__ or "") and not _is_dumb()
+                self._pastes_whole = "libedit" not in (readline.__doc__ or "") and not is_dumb()
                 if self._pastes_whole:
                     readline.parse_and_bind("set enable-bracketed-paste on")
 
@@ -121,7 +120,7 @@ class _Conversation:
         """Talk until the user leaves; return the exit code: 1 where a line of a pipe came to nothing."""
         self._chat.load()
         if self._lines.is_terminal:
-            _note(f"generation {self._chat.generation} answers; /help says what else there is, Ctrl-D leaves")
+            note(f"generation {self._chat.generation} answers; /help says what else there is, Ctrl-D leaves")
         while True:
             try:
                 if not self._round():
@@ -133,7 +132,7 @@ class _Conversation:
                 if self._is_interrupted:
                     return 0
                 self._is_interrupted = True
-                _note("interrupted; Ctrl-C again leaves")
+                note("interrupted; Ctrl-C again leaves")
 
     def _round(self) -> bool:
         """Read one message and do what it asks; return whether the chat goes on."""
@@ -170,7 +169,7 @@ class _Conversation:
         before = self._chat.generation
         self._chat.load()
         if self._chat.generation != before:
-            _note(f"generation {self._chat.generation} answers from here on; it was {before}")
+            note(f"generation {self._chat.generation} answers from here on; it was {before}")
         pieces: list[str] = []
         wrap = WordWrap(shutil.get_terminal_size().columns) if self._lines.is_terminal else None
         try:
@@ -191,12 +190,12 @@ class _Conversation:
             print_json({"answer": answer, "generation": self._chat.generation, "is_whole": turn.is_whole})
         elif not answer:
             click.echo()  # it is owed a line
-            _note("the model says nothing; /fix TEXT gives the right answer")
+            note("the model says nothing; /fix TEXT gives the right answer")
         if not turn.is_whole:
-            _note(f"cut off after {turn.n_tokens} tokens")
+            note(f"cut off after {turn.n_tokens} tokens")
         if self._chat.n_left_out and not self._has_said_left_out:
             self._has_said_left_out = True
-            _note("the chat is longer than the context: from here on its oldest turns are left out")
+            note("the chat is longer than the context: from here on its oldest turns are left out")
 
     def _help(self, _: str) -> None:
         click.echo(HELP)
@@ -211,29 +210,29 @@ class _Conversation:
 
     def _kept(self, report: ObserveReport) -> None:
         if report.redacted:
-            _note(redaction(report.redacted))
+            note(redaction(report.redacted))
         if not report.added:
-            _note("known already")
+            note("known already")
         else:
             older = " in place of an older answer" if report.replaced else ""
-            _note(f"kept for the next night{older}, task {safe(self._chat.task)}")
+            note(f"kept for the next night{older}, task {safe(self._chat.task)}")
 
     def _undo(self, _: str) -> None:
         done = self._chat.undo()
         if not done.was_added:
-            _note("taken back in this chat; it was stored before and stays so")
+            note("taken back in this chat; it was stored before and stays so")
         elif done.row is None:
-            _note("no longer in the store: a night has learned it, or it was replaced or forgotten")
+            note("no longer in the store: a night has learned it, or it was replaced or forgotten")
         else:
             older = ", the older answer is back" if done.is_put_back else ""
             is_learned = done.row.generation is not None and done.row.role != "pending"  # a night that claims it may fail
             learned = f"; generation {done.row.generation} has learned it" if is_learned else ""
-            _note(f"taken back{older}{learned}")
+            note(f"taken back{older}{learned}")
 
     def _task(self, name: str) -> None:
         if name:
             self._chat.task = name.strip()
-        _note(f"task {safe(self._chat.task)}")
+        note(f"task {safe(self._chat.task)}")
 
     def _status(self, _: str) -> None:
         facts, chat = self._chat.learner.status(), self._chat
@@ -250,16 +249,7 @@ class _Conversation:
         if text and not text.strip().isdecimal():
             raise DataError(f"/model takes the number of a generation, got {text}")
         self._chat.pin(int(text) if text else None)
-        _note(f"generation {self._chat.generation} answers{' in this chat only' if text else ''}")
-
-
-def _note(text: str) -> None:
-    """Print a dim line on stderr; plain where that is no terminal, or colour is not wanted."""
-    click.echo(text if os.environ.get("NO_COLOR") or _is_dumb() else click.style(text, dim=True), err=True)
-
-
-def _is_dumb() -> bool:
-    return os.environ.get("TERM", "dumb") == "dumb"
+        note(f"generation {self._chat.generation} answers{' in this chat only' if text else ''}")
 
 
 COMMANDS = (chat,)

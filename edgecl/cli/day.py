@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import suppress
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..errors import DataError
 from ..imports import read_history
 from ..learner import Learner
 from ..profile import PRECISIONS
-from .output import console, json_option, print_json, redaction, safe, size
+from .output import console, json_option, local_time, note, print_json, redaction, safe, size
 
 
 @click.command()
@@ -107,12 +106,14 @@ def ask(home: Path | None, prompt: str, max_tokens: int, as_json: bool) -> None:
     """Answer PROMPT with the generation that serves."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as `chat`
     with Learner(home) as learner:
-        answer = learner.ask(prompt, max_tokens)
+        answer, n_tokens, is_whole = learner.answer(prompt, max_tokens)
         generation = learner.generations.current().number
     if as_json:
-        print_json({"answer": answer, "generation": generation})
+        print_json({"answer": answer, "generation": generation, "is_whole": is_whole})
     else:
         click.echo(safe(answer))
+    if not is_whole:
+        note(f"cut off after {n_tokens} tokens")
 
 
 @click.command()
@@ -133,20 +134,32 @@ def print_status(facts: dict[str, Any]) -> None:
     out = console()
     out.print(f"home        {safe(facts['home'])}")
     out.print(f"serves      generation {facts['generation']} ({safe(facts['served'])}), quant {facts['quant']}")
-    out.print(f"on disk     generations {', '.join(map(str, facts['generations']))}")
+    out.print(f"on disk     generations {_ranges(facts['generations'])}")
     last, tried = facts["last_night"], facts["last_try"]
     if last:
         outcome = f"published generation {last['generation']}" if last["accepted"] else "refused"
-        out.print(f"last night  {last['started']}: {outcome}{': ' + safe(last['reason']) if last['reason'] else ''}")
+        reason = f": {safe(last['reason'])}" if last["reason"] else ""
+        out.print(f"last night  {local_time(last['started'])}: {outcome}{reason}")
     else:
         out.print("last night  there was none yet")
     if tried and (not last or (tried["at"] > last["started"] and tried["reason"] != last["reason"])):
-        out.print(f"last try    {safe(str(tried['at']))}: {safe(str(tried['reason']))}")
+        out.print(f"last try    {local_time(tried['at'])}: {safe(str(tried['reason']))}")
     if facts["tasks"]:
         table = Table("task", "pending", "replay", "held out", "archive", box=None, pad_edge=False)
         for task, roles in facts["tasks"].items():
             table.add_row(safe(task), *(str(roles[r]) for r in ("pending", "replay", "heldout", "archive")))
         out.print(table)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers in words, such as "0, 4-30"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 @click.command()
@@ -163,19 +176,12 @@ def history(home: Path | None, as_json: bool) -> None:
         click.echo("there was no night yet")
         return
     for night in nights:
-        report: dict[str, Any] = night["report"]
+        new, replay, train_s = (night["report"].get(key, 0) for key in ("n_new", "n_replay", "train_s"))
         outcome = f"generation {night['generation']}" if night["accepted"] else "refused"
-        text = f"{_local(night['started'])}  {outcome:<14} {report.get('n_new', 0)} new, {report.get('n_replay', 0)} rehearsed"
-        click.echo(text + f", {report.get('train_s', 0):.0f} s training")
+        at = local_time(night["started"])
+        click.echo(f"{at}  {outcome:<14} {new} new, {replay} rehearsed, {train_s:.0f} s training")
         if night["reason"]:
             click.echo(f"                  {safe(night['reason'])}")
-
-
-def _local(started: str) -> str:
-    """Return when a night started as the clock here has it, to the minute."""
-    with suppress(ValueError, OverflowError):  # it is damaged
-        return f"{datetime.fromisoformat(started).astimezone():%Y-%m-%d %H:%M}"
-    return safe(started[:16])
 
 
 @click.command()

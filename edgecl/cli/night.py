@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ..learner import GATES, Learner
+from ..learner import Learner, nothing_to_learn
 from ..night import AdaptReport
 from .output import console, json_option, print_json, progress_bar, safe, size
 
@@ -19,8 +19,8 @@ REFUSED = 3
 @click.option("--task", help="Learn only this task's rows.")
 @click.option("--minutes", type=float, help="Writing takes at most 0.25 of them, training 0.6. Default: the profile's.")
 @click.option("--ram", "ram_bytes", type=int, help="Bytes of memory that each stage may hold. Default: the profile's.")
+@click.option("--compare", default="", help="Types to merge and measure beside what will serve, such as int8,int4.")
 @click.option("--dry-run", is_flag=True, help="Say what the night would learn, and stop.")
-@click.option("--gate", type=click.Choice(GATES), default="enforce", show_default=True, hidden=True)
 @json_option
 @click.pass_context
 def adapt(
@@ -28,8 +28,8 @@ def adapt(
     task: str | None,
     minutes: float | None,
     ram_bytes: int | None,
+    compare: str,
     dry_run: bool,
-    gate: str,
     as_json: bool,
 ) -> None:
     """Run one night now: learn what is pending; exit code 3 if the gate refuses it.
@@ -43,9 +43,12 @@ def adapt(
                 print_json({"tasks": counts})
             for name, roles in {} if as_json else counts.items():
                 click.echo(f"{safe(name)}: {roles['pending']} to learn, {roles['heldout']} held out for measuring")
-            context.exit(0 if counts else 4)
+            if not counts:
+                raise nothing_to_learn(task)
+            return
         with progress_bar() as progress:
-            report = learner.adapt(task, minutes=minutes, ram_bytes=ram_bytes, gate=gate, progress=progress)
+            types = [quant for quant in compare.split(",") if quant]
+            report = learner.adapt(task, minutes=minutes, ram_bytes=ram_bytes, compare=types, progress=progress)
     end_night(context, report, as_json)
 
 
@@ -85,10 +88,11 @@ def print_report(report: AdaptReport) -> None:
         f"prose       {prose['after']:.2f} nats per token ({prose['after'] - prose['base']:+.2f} against the base, "
         f"KLD {prose['kld']:.3f})"
     )
-    kept = ", ".join(f"{quant} {share:.0%}" for quant, share in report.survival.items() if quant != "adapter")
-    out.print(f"survival    {kept} of the adapter's gain")
+    merged = [(quant, report.losses[quant], share) for quant, share in report.survival.items() if quant != "adapter"]
+    kept = ", ".join(f"{quant} {loss:.2f} ({share:.0%} of the gain)" for quant, loss, share in merged)
+    out.print(f"survival    answer loss {report.losses['adapter']:.2f} nats unmerged; {kept}")
     train = report.train
-    out.print(f"plan        {train['plan']}; took {train['train_s']:.0f} s, {size(train['peak_rss_bytes'])}")
+    out.print(f"plan        {safe(train['plan'])}; took {train['train_s']:.0f} s, {size(train['peak_rss_bytes'])}")
     for key, what in (
         ("n_cut", "longer than the context, cut from the left"),
         ("n_left_out", "without an answer that fits, left out"),
@@ -97,8 +101,15 @@ def print_report(report: AdaptReport) -> None:
             out.print(f"rows        {train[key]} {what}")
     if report.accepted and train["left_out"]:
         out.print(f"archived    {len(train['left_out'])} new ones of these, not learned")
+    found = {int(step): loss for step, loss in train["heldout"].items()}  # none: no held-out rows ended it
+    if train["stopped_early"]:
+        why = "held-out rows were best long before, or the time was over" if found else "the time was over"
+        out.print(f"stopped     after {train['steps']} steps, before the last one: {why}")
     if report.accepted and train["unmet"]:
-        out.print(f"waiting     {len(train['unmet'])} of {report.n_new} new rows: the time was over, a later night learns them")
+        best = f"held-out rows were best after step {min(found, key=found.__getitem__)}" if found else "the time was over"
+        out.print(f"waiting     {len(train['unmet'])} of {report.n_new} new rows: {best}, a later night learns them")
+    if train["no_asker"]:
+        out.print(f"asker       none tonight: {safe(train['no_asker'])}")
     otherwise = f", {report.n_reworded} other wordings" if report.n_reworded else ""
     asking = f", learned to ask {report.ask_s:.0f} s" if report.ask_s else ""
     out.print(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any, TypeVar
 
 import click
@@ -30,8 +33,12 @@ class _Output(Console):
 
 
 def console() -> Console:
-    """Return stdout as rich sees it: no colour where it is not a terminal or NO_COLOR is set; brackets in a text are text."""
-    return _Output(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    """Return stdout as rich sees it: no colour where it is not a terminal or NO_COLOR is set; brackets in a text are text.
+
+    At a terminal lines break between words; elsewhere they stay whole, for what searches them.
+    """
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return _Output(highlight=False, soft_wrap=not is_terminal, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
@@ -90,6 +97,23 @@ class WordWrap:
         self._is_begun = False
         self._at += cell_len(word.lstrip("\n"))
         return word
+
+
+def note(text: str) -> None:
+    """Print a dim line on stderr; plain where that is no terminal, or colour is not wanted."""
+    click.echo(text if os.environ.get("NO_COLOR") or is_dumb() else click.style(text, dim=True), err=True)
+
+
+def is_dumb() -> bool:
+    """Return whether the terminal, if there is one, knows no control codes."""
+    return os.environ.get("TERM", "dumb") == "dumb"
+
+
+def local_time(at: str) -> str:
+    """Return a time, in UTC as the home has it, as the clock here has it, to the minute."""
+    with suppress(ValueError, OverflowError):  # it is damaged
+        return f"{datetime.fromisoformat(at).astimezone():%Y-%m-%d %H:%M}"
+    return safe(at[:16])
 
 
 def size(n_bytes: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 import click
@@ -15,9 +16,21 @@ from ..rows import Stored
 from .night import REFUSED, print_report
 from .output import json_option, print_json, progress_bar, safe
 
+GONE = "rows that a night learned and did not keep are gone already: their text cannot be searched, nor who learned it"
+
+
+class _Id(click.IntRange):
+    """A row's number; a text is answered with how texts are searched."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(super().convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"ids are numbers from 1 on, got {value}; `--contains {quote(value)}` searches text", param, ctx)
+
 
 @click.command("forget")
-@click.argument("ids", nargs=-1, type=click.IntRange(1), metavar="[ID]...")
+@click.argument("ids", nargs=-1, type=_Id(1), metavar="[ID]...")
 @click.option("--contains", metavar="TEXT", help="Rows that hold TEXT, in capitals or not.")
 @click.option("--task", help="Rows of this task.")
 @click.option(
@@ -86,6 +99,8 @@ def _print_rows(rows: Sequence[Stored], as_json: bool) -> None:
     if as_json:
         print_json({"rows": facts})
         return
+    if not rows:
+        click.echo(f"0 rows forgotten; {GONE}", err=True)
     for row in rows:
         learned = f"generation {row.generation}" if row.generation else ""
         click.echo(f"{row.id:>6}  {row.role:<8} {learned:<14} {safe(row.example.task)}: {safe(row.example.asked[:60])}")
@@ -96,16 +111,15 @@ def _facts(row: Stored) -> dict[str, Any]:
 
 
 def _print_forgotten(rows: Sequence[Stored], numbers: Sequence[int], searched: bool, left: Sequence[str]) -> None:
-    gone = "rows that a night learned and did not keep are gone already: their text cannot be searched, nor who learned it"
     if left:
         click.echo(f"taken out   what was left of such rows: {', '.join(left)}")
     if searched and not rows:
-        click.echo(f"0 rows forgotten; {gone}", err=not left)
+        click.echo(f"0 rows forgotten; {GONE}", err=not left)
         return
     roles = ", ".join(f"{n} {role}" for role, n in Counter(row.role for row in rows).items())
     click.echo(f"{len(rows)} rows forgotten{f': {roles}' if roles else ''}")
     if searched:
-        click.echo(gone)
+        click.echo(GONE)
     if numbers:
         click.echo(f"learned by  {_generations(numbers)}, which teach no more; what serves may still say it")
 

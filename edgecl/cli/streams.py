@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 from rich.table import Table
 
 from ..errors import DataError, SettingError
@@ -75,9 +77,11 @@ def stream(
 ) -> None:
     """Learn FOLDER's tasks one night each, and measure every task after every night.
 
-    FOLDER holds train/TASK.jsonl and test/TASK.jsonl. Its home is temporary unless --home or EDGECL_HOME
-    names one; there, finished cells of a grid are kept and not run again.
+    FOLDER holds train/TASK.jsonl and test/TASK.jsonl. Its home is temporary unless --home names a folder of
+    its own (EDGECL_HOME does not count); there, finished cells of a grid are kept and not run again.
     """
+    if click.get_current_context().find_root().get_parameter_source("home") is ParameterSource.ENVIRONMENT:
+        home = None  # the learner's, of every day
     shares, seeds = _numbers(replay, float, "--replay"), _numbers(seed, int, "--seed")
     arms = [(served_at(p), p) for p in precision.split(",")] if precision else [(q, "") for q in quant.split(",")]
     names = order.split(",") if order else []
@@ -97,22 +101,28 @@ def stream(
 def print_stream(result: dict[str, Any]) -> None:
     """Print the accuracy matrix of a stream and what its nights cost."""
     out = console()
-    tasks = result["tasks"]
+    tasks, matrix = result["tasks"], np.array(result["matrix"], np.float64)
     base = f" on a base at {result['precision']}" if result["precision"] else ""
     rehearsed = f"{result['replay']:.1%} replay, at most {result['written']} rows written a night"
-    out.print(f"\n{result['quant']}{base}, {rehearsed}, seed {result['seed']}: accuracy after each night")
-    table = Table("night", *map(safe, tasks), "prose", box=None, pad_edge=False)
+    out.print(f"\n{result['quant']}{base}, {rehearsed}, seed {result['seed']}")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("night", no_wrap=True)
+    for name in (*(str(j + 1) for j in range(len(tasks))), "prose"):
+        table.add_column(name, no_wrap=True, justify="right")
     for i, task in enumerate(tasks):
-        cells = ["" if x is None or j > i else f"{x:.0%}" for j, x in enumerate(result["matrix"][i])]
+        cells = [f"{x:.0%}" if j <= i else "" for j, x in enumerate(matrix[i])]
         prose = result["nights"][i]["prose"]
         table.add_row(f"{i + 1} {safe(task)}", *cells, f"{prose['after'] - prose['base']:+.2f}" if "after" in prose else "")
+    out.print("accuracy after each night, by task; nats a token of prose against the base")
+    out.width = max(out.width, out.measure(table, options=out.options.update(max_width=10_000)).maximum)  # whole lines
     out.print(table)
-    names = "acc", "bwt", "fwt", "forgetting"
-    out.print("  ".join(f"{LABELS.get(name, name)} {result[name]:.3f}" for name in names))
-    plasticity, retention = plasticity_retention(np.array(result["matrix"], np.float64))[-1]
-    out.print(f"plasticity {plasticity:.3f}  retention {retention:.1%}")
-    ranges = (f"{LABELS.get(name, name)} {low:.3f} to {high:.3f}" for name, (low, high) in result["intervals"].items())
-    out.print(f"95% intervals over the test rows: {', '.join(ranges)}")
+    plasticity, retention = plasticity_retention(matrix)[-1]
+    measured = {name: result[name] for name in ("acc", "bwt", "fwt", "forgetting")}
+    table = Table("", "measured", "95% interval over the test rows", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name, value in {**measured, "plasticity": plasticity, "retention": retention}.items():
+        found = result["intervals"].get(name)  # cells of earlier versions have not all of them
+        table.add_row(LABELS.get(name, name), f"{value:.3f}", f"{found[0]:.3f} to {found[1]:.3f}" if found else "")
+    out.print(table)
     if gap := result.get("against_int8"):  # cells of earlier versions that served INT8 have none
         out.print(
             f"the last night at {gap.get('quant', result['quant'])} against INT8, {gap['n_rows']} rows: "
@@ -131,6 +141,8 @@ def demo(out: Path, as_json: bool) -> None:
     began = time.perf_counter()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror}; choose another --out") from None
     say = None if as_json else lambda text: click.echo(text, err=True)

@@ -6,8 +6,8 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from .batches import TrainRow
-from .checkpoint import DamagedCheckpointError
+from .checkpoint import UnreadableCheckpointError
 from .latents import LatentStore
 from .loop import Night, TrainReport, train
 
-__all__ = ["DamagedCheckpointError", "LatentStore", "Night", "TrainReport", "TrainRow", "train"]
+__all__ = ["LatentStore", "Night", "TrainReport", "TrainRow", "UnreadableCheckpointError", "train"]

@@ -21,12 +21,14 @@ class TrainRow:
         likely: for each token of the answers, likely ones with their probabilities, which a teacher expected there; empty:
             the token itself is right.
         reworded: the same answer to the same question in other words.
+        name: what an error calls it.
     """
 
     ids: list[int]
     supervised: list[bool]
     likely: list[list[tuple[int, float]]] = field(default_factory=list)
     reworded: list[TrainRow] = field(default_factory=list)
+    name: str = ""
 
     @property
     def answer(self) -> list[int]:
@@ -50,7 +52,7 @@ def usable(row: TrainRow, n_ctx: int) -> TrainRow | None:
     answer = last - row.supervised[:last][::-1].index(False) if False in row.supervised[:last] else 0
     if answer <= n_cut:  # one token of the prompt stays: what is predicted needs something before it
         return None
-    return TrainRow(row.ids[n_cut:], [False, *row.supervised[n_cut + 1 :]])
+    return TrainRow(row.ids[n_cut:], [False, *row.supervised[n_cut + 1 :]], name=row.name)
 
 
 def asked_otherwise(row: TrainRow, n_ctx: int, rng: np.random.Generator) -> TrainRow:

@@ -8,6 +8,7 @@ with an entry or with the whole file, the answer is to compute again.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sqlite3
 import zlib
 from collections.abc import Sequence
@@ -23,18 +24,27 @@ from .packing import pack
 
 VERSION = 4  # of what an entry holds: raised when a change of the decoder makes other states of the same row
 MAX_BYTES = 1 << 30
+OF_FREE = 1 / 8  # of what the disk has free, a cache grows by at most: a night needs the rest
 
 
 class LatentStore:
-    """A SQLite file of states by key; over `max_bytes`, those unused for longest go first."""
+    """A SQLite file of states by key; over `max_bytes`, those unused for longest go first.
+
+    Without a file, because the disk is full or another process writes to it, nothing is kept.
+    """
 
     def __init__(self, path: Path | str, base_sha256: str, max_bytes: int = MAX_BYTES) -> None:
         """Open or create a cache of a base's states; a file that is not one is replaced."""
         self.path, self.base_sha256, self.max_bytes = Path(path), base_sha256, max_bytes
         try:
-            self._open()
-        except sqlite3.DatabaseError:
-            self._start_over()
+            self._open(self.path)
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                self._keep_nothing()
+            else:
+                self._start_over()
+        with suppress(OSError):
+            self.max_bytes = min(self.max_bytes, self._size + int(OF_FREE * shutil.disk_usage(self.path.parent).free))
 
     def __enter__(self) -> LatentStore:
         """Return itself."""
@@ -48,6 +58,8 @@ class LatentStore:
         """Return an entry, None where there is none or it is damaged."""
         try:
             row = self._db.execute("SELECT states, checksum FROM latents WHERE key = ?", (key,)).fetchone()
+        except sqlite3.OperationalError:
+            return None  # a lock is no damage
         except sqlite3.DatabaseError:
             self._start_over()
             return None
@@ -74,8 +86,8 @@ class LatentStore:
         except sqlite3.DatabaseError:
             self._start_over()
 
-    def _open(self) -> None:
-        self._db = sqlite3.connect(self.path)
+    def _open(self, path: Path | str) -> None:
+        self._db = sqlite3.connect(path)
         self._db.execute("PRAGMA synchronous = OFF")  # a torn file is found by its checksums
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS latents"
@@ -87,11 +99,22 @@ class LatentStore:
         self._used: set[bytes] = set()
 
     def _start_over(self) -> None:
+        self._close()
+        try:
+            for suffix in ("", "-journal"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            self._open(self.path)
+        except (OSError, sqlite3.OperationalError):
+            self._keep_nothing()
+
+    def _keep_nothing(self) -> None:
+        self._close()
+        self.max_bytes = 0
+        self._open(":memory:")
+
+    def _close(self) -> None:
         with suppress(AttributeError):  # it could not even be opened
             self._db.close()
-        for suffix in ("", "-journal"):
-            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
-        self._open()
 
     def _mark_used(self) -> None:
         self._db.executemany("UPDATE latents SET used = ? WHERE key = ?", [(self._now, key) for key in self._used])

@@ -2,13 +2,11 @@
 
 Rows are cut to the context and put into batches; the planner decides what fits; a checkpoint of the same night is gone on
 from; then each step is the gradient of a batch, part by part, and one AdamW step on one flat float32 parameter. Same rows,
-seed and thread count: same adapter, bit for bit, interrupted or not.
+seed, thread count and parts: same adapter, bit for bit, interrupted or not; the memory at hand decides how large parts are.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -25,7 +23,7 @@ from ..errors import DataError, Diverged, NotNow
 from ..profile import Profile, TrainSettings
 from ..shape import read_shape
 from .batches import TrainRow, asked_otherwise, night_batches, usable
-from .checkpoint import Checkpoint, Facts, read_checkpoint, write_checkpoint
+from .checkpoint import Checkpoint, Facts, read_checkpoint, run_digest, write_checkpoint
 from .decoder import Decoder
 from .head import NTH, Sample
 from .latents import Latents, LatentStore
@@ -40,6 +38,7 @@ from .weights import placement, threads_beside_the_assistant
 
 EVERY = 4  # steps comes the anchor, and weighs as much more then
 LONGER = 1.5  # times the steps, of a small night that has its rows in other words too
+NAMED = 5  # rows at most, in an error
 AHEAD = 4  # steps, whose rows go through the layers that are not trained together
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
@@ -63,7 +62,6 @@ class TrainReport:
     steps: int = 0
     tokens: int = 0
     train_s: float = 0.0
-    load_s: float = 0.0
     tokens_per_s: float = 0.0
     dtype: str = ""
     plan: str = ""
@@ -93,6 +91,7 @@ class Night:
         base_sha256: of the base's file, as the checkpoint names it.
         samples: whether losses are taken over a `Sample` of the vocabulary: for rows to be known by heart, without an anchor.
         in_blocks: names of weights that are merged into minimums, as for `Lora`.
+        ram_share: of limits.ram_bytes, with which is planned: less than 1 after a try that took more than it may.
         stop: asked before each step: whether the run must save its checkpoint and end with NotNow.
     """
 
@@ -105,6 +104,7 @@ class Night:
     base_sha256: str = ""
     samples: bool = False
     in_blocks: Collection[str] = ()
+    ram_share: float = 1.0
     stop: Callable[[], bool] = bool  # bool() is False
 
 
@@ -146,8 +146,8 @@ class _Run:
         limits: Profile,
         night: Night,
     ) -> None:
-        began = time.perf_counter()
-        torch.set_num_threads(limits.threads or threads_beside_the_assistant())
+        most = threads_beside_the_assistant()
+        torch.set_num_threads(min(limits.threads or most, most))
         torch.manual_seed(settings.seed)
         self.settings, self.limits, self.night, self.report = settings, limits, night, TrainReport()
         self.names: dict[int, str] = {}  # of rows, by their id
@@ -162,14 +162,17 @@ class _Run:
         self.place = placement(limits.n_gpu_layers)
         n_held = math.ceil(len(self.batches) / EVERY)
         texts = list(night.anchor)[:n_held] if settings.anchor_weight else []
-        self.facts = self._facts()  # of the rows as they are dealt now: some are dealt again
+        self.facts = self._facts(texts)  # of the rows as they are dealt now: some are dealt again
         held = resident_set()
         found = read_checkpoint(night.checkpoint, self.facts) if night.checkpoint else None
 
         longest_text = max((len(ids) for ids in texts), default=0)
         shape = read_shape(gguf)
-        micro_tokens = found[1]["micro_tokens"] if found else 0
-        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, self.batches, longest_text, held, micro_tokens)
+        micro_tokens, sizes = found[1]["micro_tokens"] if found else 0, (self.batches, longest_text, held)
+        plan = plan_memory(shape, self.place, settings, limits.ram_bytes, *sizes, micro_tokens, night.ram_share)
+        restarted = ""
+        if found and plan.micro_tokens != micro_tokens:  # of other parts other sums come
+            found, restarted = None, f"; from the start: its checkpoint's parts of {micro_tokens} tokens do not fit any more"
         if plan.few_kernels:
             forget_kernels()
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
@@ -194,9 +197,8 @@ class _Run:
             self._go_on_from(*found)
         report = self.report
         report.dtype = str(self.place.dtype).removeprefix("torch.")
-        report.plan, report.predicted_s = str(self.plan), self.plan.seconds
+        report.plan, report.predicted_s = f"{self.plan}{restarted}", self.plan.seconds
         report.predicted_rss_bytes = self.plan.peak_rss_bytes
-        report.load_s = time.perf_counter() - began
 
     def _usable(self, kind: str, rows: Sequence[TrainRow]) -> list[TrainRow]:
         kept = []
@@ -209,7 +211,7 @@ class _Run:
                 continue
             self.report.n_cut += cut is not row
             kept.append(cut)
-            self.names |= {id(one): f"{kind} {i + 1}" for one in (cut, *cut.reworded)}
+            self.names |= {id(one): row.name or f"{kind} {i + 1}" for one in (cut, *cut.reworded)}
         return kept
 
     def _batches(self) -> list[list[TrainRow]]:
@@ -234,33 +236,21 @@ class _Run:
         typical = Typical(by_size[len(by_size) // 2], text, self.sample)
         n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
         share_first = n_distinct / n_rows if self.night.store else 1.0
-        return plan_time(
-            plan,
-            self.decoder,
-            lora,
-            self.settings.depth,
-            60 * self.limits.minutes,
-            typical,
-            len(self.batches),
-            math.ceil(share_first * len(self.batches)),
-        )
+        n_first, limit_s = math.ceil(share_first * len(self.batches)), 60 * self.limits.minutes
+        return plan_time(plan, self.decoder, lora, self.settings.depth, limit_s, typical, len(self.batches), n_first)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _facts(self) -> Facts:
+    def _facts(self, texts: list[list[int]]) -> Facts:
         """Return what this run depends on; limits change where it stops, not where it goes."""
         told = [asdict(self.settings), RECIPE, MICRO_TOKENS, sorted(self.night.in_blocks), NTH if self.night.samples else 0]
-        digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=16)
-        for row in (row for batch in self.batches for row in batch):
-            digest.update(np.array([len(row.ids), *row.ids, *row.supervised], np.int64).tobytes())
-        for name, pair in self.night.start.pairs.items() if self.night.start else ():
-            digest.update(name.encode() + b"".join(np.ascontiguousarray(factor).tobytes() for factor in pair))
-        return Facts(self.night.base_sha256, digest.hexdigest())
+        told += [str(self.place), texts]
+        measured = self.heldout if self.settings.patience else []
+        rows = [row for part in (*self.batches, measured) for row in part]
+        return Facts(self.night.base_sha256, run_digest(told, rows, self.night.start))
 
     def _go_on_from(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self.lora.flat.copy_(tensors["flat"])
-        self.lora.refresh()
+        self._put(tensors["flat"])
         self.optimizer.n_steps.fill_(progress["steps"])
         self.optimizer.exp_avg.copy_(tensors["exp_avg"])
         self.optimizer.exp_avg_sq.copy_(tensors["exp_avg_sq"])
@@ -326,7 +316,7 @@ class _Run:
         if step == self.evenly_until:
             self.rehearsal.deal_again(self.batches, step, settings.seed)
         rows = self.batches[step]
-        if step % AHEAD == 0 or step == self.report.resumed_at:
+        if step % AHEAD == 0 or step in (self.report.resumed_at, self.evenly_until):
             self._look_ahead(step - step % AHEAD)
         weight = settings.anchor_weight * EVERY
         if self.sample:
@@ -338,10 +328,13 @@ class _Run:
         self.lora.tie_gradients()
         norm = self.optimizer.clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
+            worst = [row for row, loss in zip(rows, each, strict=True) if not math.isfinite(loss)] or rows
+            names = list(dict.fromkeys(self.names[id(row)] for row in worst))
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             raise Diverged(
                 f"training loss is {value} and the norm of its gradient {norm} at step {step + 1} of {len(self.batches)} "
-                f"(rows: {', '.join(self.names[id(row)] for row in rows)}); lower train.learning_rate, which is "
-                f"{settings.learning_rate}, or remove the row that causes it"
+                f"(rows: {', '.join(names[:NAMED])}{more}); lower train.learning_rate, which is {settings.learning_rate}, "
+                "or remove the row that causes it (`edgecl forget ID`)"
             )
         self.optimizer.step(learning_rate(settings, step, len(self.batches)))
         if self.averaged is not None:
@@ -359,14 +352,22 @@ class _Run:
             self.latents.states([row.ids for row in part])
 
     def _measure_heldout(self) -> None:
-        """Measure the held-out rows where it is time to."""
+        """Measure the held-out rows where it is time to, with the average where there is one."""
         settings, report = self.settings, self.report
         if not (settings.patience and self.heldout) or report.steps % settings.eval_every:
             return
+        last = self.lora.flat.detach().clone()
+        if self.averaged is not None:
+            self._put(self.averaged)
         loss = answer_loss(self.decoder, self.lora, self.heldout, self.plan.micro_tokens)
         report.heldout[report.steps] = round(loss, 5)
         if self.best is None or loss < self.best[0]:
             self.best = (loss, self.lora.flat.detach().clone())
+        self._put(last)
+
+    def _put(self, factors: torch.Tensor) -> None:
+        self.lora.flat.detach().copy_(factors)
+        self.lora.refresh()
 
     def _is_getting_worse(self) -> bool:
         """Return whether the best of the held-out rows is `patience` measurements old."""
@@ -377,8 +378,7 @@ class _Run:
         """Return the adapter that training ends with: the best on held-out rows, else the average, else the last."""
         flat = self.best[1] if self.best is not None else self.averaged
         if flat is not None:
-            with torch.no_grad():
-                self.lora.flat.copy_(flat)
+            self._put(flat)
         self.report.unmet = self._unmet()
         return self.lora.adapter(), self.report
 

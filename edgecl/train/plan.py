@@ -32,7 +32,7 @@ from .lora import Lora
 from .packing import count_tokens, extent, micro_batches, pack
 from .weights import HEAD_PART, Placement
 
-DEPTHS = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
+DEPTHS = (0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
 # what kernels keep, measured over nights of 300 rows without and with an anchor, which rides along in some steps and so
 # doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
 KERNEL_BYTES = {torch.bfloat16: (130_000_000, 220_000_000), torch.float32: (80_000_000, 80_000_000)}
@@ -56,7 +56,7 @@ class Plan:
     """How a night is trained.
 
     Attributes:
-        first_layer: the lowest layer that is trained.
+        first_layer: the lowest layer that is trained; first_wanted: that would be if there were time.
         n_resident: so many layers, those nearest the head, stay decoded; resident_head: and whether the head does.
         checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
         micro_tokens: different ones, of the parts that a step is split into.
@@ -65,6 +65,7 @@ class Plan:
     """
 
     first_layer: int
+    first_wanted: int
     n_layer: int
     n_resident: int
     resident_head: bool
@@ -81,12 +82,14 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the plan as one line."""
-        packed = f"weights of {self.n_layer - self.n_resident} layers packed"
+        n_packed = self.n_layer - self.n_resident
+        packed = f"weights of {n_packed} layers packed" if n_packed else "head packed"
         weights = "weights resident" if self.is_resident else packed if self.n_resident else "weights packed"
-        twice = ", layers computed twice" if self.checkpointing else ""
+        short = " for lack of time" if self.first_layer > self.first_wanted else ""
+        slower = ", layers computed twice" * self.checkpointing + ", few kernels kept" * self.few_kernels
         return (
-            f"{self.n_layer - self.first_layer} of {self.n_layer} layers, {weights}, "
-            f"parts of {self.micro_tokens} tokens{twice}: {self.seconds:.0f} s, {self.peak_rss_bytes / 1e6:.0f} MB"
+            f"{self.n_layer - self.first_layer} of {self.n_layer} layers{short}, {weights}, "
+            f"parts of {self.micro_tokens} tokens{slower}: {self.seconds:.0f} s, {self.peak_rss_bytes / 1e6:.0f} MB"
         )
 
 
@@ -104,13 +107,15 @@ def plan_memory(
     n_anchor: int,
     before: int,
     micro_tokens: int = 0,
+    share: float = 1.0,
 ) -> Plan:
     """Return the fastest plan whose memory fits into `ram_bytes`.
 
     Args:
         batches: rows of each step; n_anchor: tokens of a piece of general text.
         before: bytes that the process holds already, but a checkpoint's, which are freed when it begins.
-        micro_tokens: of the parts that a run which is gone on from had: it keeps them; 0: a new one.
+        micro_tokens: of the parts that a run which is gone on from had: it keeps them where they fit; 0: a new one.
+        share: of the memory, with which is planned.
 
     Raises:
         EdgeclError: none fits; says how much would.
@@ -121,11 +126,10 @@ def plan_memory(
     slots = max(sum(n * width for n, width in lines) for _, _, lines in extents)
     seen = max(sum(n * width * (width + n_shared) for n, width in lines) for _, n_shared, lines in extents)
     n_answers = max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
-    first, room = first_trained(shape, settings.depth), int(ram_bytes * (1 - SPARE))
+    first, room = first_trained(shape, settings.depth), int(ram_bytes * share * (1 - SPARE))
     plans: list[tuple[float, Plan]] = []
     least = 0
     micros = {parts: max(min(MICRO_TOKENS, different) // parts, longest) for parts in (1, 2, 4, 8)}
-    micros = {parts: micro for parts, micro in micros.items() if micro == micro_tokens} or micros
     has_amx = place.dtype == torch.bfloat16 and "amx_bf16" in cpu_words()
     all_kernels = AMX_KERNEL_BYTES if has_amx else KERNEL_BYTES[place.dtype]
     compiling = COMPILING_TOKENS_AMX if has_amx else COMPILING_TOKENS
@@ -144,15 +148,16 @@ def plan_memory(
                 continue
             n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
             held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
-            plan = Plan(first, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
+            plan = Plan(first, first, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
             plans.append((_cost(shape, plan, steps[parts], DECODING_TOKENS[place.dtype], compiling if few else 0), plan))
     if not plans:
-        wanted = int(least / (1 - SPARE)) + 1
+        wanted = int(least / share / (1 - SPARE)) + 1
         raise EdgeclError(
             f"training needs {wanted / 1e6:.0f} MB of memory at least, ram_bytes is {ram_bytes / 1e6:.0f} MB; "
             "raise it, shorten the longest example, or use a smaller model"
         )
-    return min(plans, key=lambda pair: pair[0])[1]
+    kept = [pair for pair in plans if pair[1].micro_tokens == micro_tokens]
+    return min(kept or plans, key=lambda pair: pair[0])[1]
 
 
 def _extent(rows: Sequence[TrainRow], n_anchor: int) -> tuple[int, int, list[tuple[int, int]]]:
