@@ -63,6 +63,14 @@ def test_a_defect_is_one_line_that_says_where(home: Path) -> None:
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_was_stored_is_said_in_short_lines_and_only_what_there_is(home: Path) -> None:
+    assert run(home, "observe", "-", stdin=lines(1))[1] == "1 stored, 0 known already, 0 bad\n"
+    said = run(home, "observe", "-", stdin=lines(40))[1].splitlines()
+    assert said == ["39 stored, 1 known already, 0 bad", "4 of the task's rows are newly held out, to measure with"]
+    other = json.dumps({"prompt": "say 0", "completion": "another", "task": "echo"}).encode()
+    assert "1 of them in place of an older answer" in run(home, "observe", "-", stdin=other)[1].splitlines()
+
+
 def at_a_terminal(home: Path, columns: int, *args: str) -> list[str]:
     """Return the lines that a terminal of so many columns gets."""
     ours, theirs = pty.openpty()

@@ -82,10 +82,11 @@ def observe(context: click.Context, file: str, task: str | None, as_json: bool) 
             click.echo(f"{safe(file)}:{place}: {safe(reason)}", err=True)
         if len(report.bad) > 20:
             click.echo(f"... and {len(report.bad) - 20} more bad lines", err=True)
-        click.echo(
-            f"{report.added} stored ({report.heldout} of the task's rows newly held out for measuring, "
-            f"{report.replaced} replaced an older answer), {report.duplicates} known already, {len(report.bad)} bad"
-        )
+        click.echo(f"{report.added} stored, {report.duplicates} known already, {len(report.bad)} bad")
+        if report.replaced:
+            click.echo(f"{report.replaced} of them in place of an older answer")
+        if report.heldout:
+            click.echo(f"{report.heldout} of the task's rows are newly held out, to measure with")
         if report.redacted:
             click.echo(redaction(report.redacted))
         if history:
