@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
+import shutil
 import stat
 from pathlib import Path
 
+import gguf
 import pytest
 
 from edgecl import Learner, home
@@ -19,7 +22,7 @@ from tests.test_cli import one_line, run
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build(tmp_path_factory.mktemp("base") / "tiny.gguf")[0]
+    return tiny.build(tmp_path_factory.mktemp("base") / "tiny.gguf", qtype=gguf.GGMLQuantizationType.Q4_0, width=128)[0]
 
 
 def mode(path: Path) -> int:
@@ -125,3 +128,59 @@ def test_a_tilde_that_the_shell_left_is_the_users_home(tmp_path: Path, monkeypat
     assert code == 1 and one_line(error, f"{tmp_path}/y is not a learner's home"), error
     code, _, error = run(Path("~nobody-has-this-name/y"), "status")
     assert code == 1 and one_line(error, "~nobody-has-this-name/y: nothing says which folder ~ is"), error
+
+
+# --- profiles and bases ------------------------------------------------------------------------------------------------
+
+
+def test_init_says_which_profile_it_took_and_takes_its_quant(tmp_path: Path, base: Path) -> None:
+    code, out, error = run(tmp_path / "one", "init", base)
+    assert code == 0 and "proposed for this machine" in out, error
+    code, out, error = run(tmp_path / "two", "init", base, "--profile", "raspberry-pi-5", "--json")
+    facts = json.loads(out)
+    assert code == 0 and (facts["profile"], facts["quant"]) == ("raspberry-pi-5", "int4"), error
+    code, out, _ = run(tmp_path / "three", "init", base, "--profile", "raspberry-pi-5", "--quant", "int8")
+    assert code == 0 and "will serve int8" in out and "its profile is raspberry-pi-5\n" in out
+
+
+def test_a_profile_of_ones_own_is_found_from_every_folder(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.toml").write_text("ram_bytes = 1_234_000_000\n")
+    monkeypatch.chdir(tmp_path)
+    Learner.init(base, tmp_path / "home", profile="mine.toml").close()
+    monkeypatch.chdir("/")
+    with Learner(tmp_path / "home") as learner:
+        assert learner.profile.ram_bytes == 1_234_000_000
+
+
+def test_a_home_that_was_not_replaced_after_all_is_as_it_was(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "tight.toml").write_text("ram_bytes = 1_000_000\n")
+    Learner.init(base, tmp_path / "home", precision="f16").close()
+    (written,) = (tmp_path / "home").glob("base-*.gguf")
+    before = written.stat()
+    other = tiny.build(tmp_path / "other.gguf", seed=7)[0]
+    with pytest.raises(EdgeclError, match=r"other\.gguf cannot be used: .*raise ram_bytes"):
+        Learner.init(other, tmp_path / "home", precision="f16", force=True, profile=str(tmp_path / "tight.toml"))
+    with Learner(tmp_path / "home") as learner:
+        assert learner.ask("anne", max_tokens=2) is not None
+    assert (written.stat().st_ino, written.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not list((tmp_path / "home").glob(".base*"))
+
+
+def test_a_base_that_nights_could_not_train_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "scaled.gguf", "gemma3", fields={"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})[0]
+    with pytest.raises(EdgeclError, match=r"rope\.scaling\.type = linear is not supported for training"):
+        Learner.init(base, tmp_path / "home")
+    assert not (tmp_path / "home/edgecl.toml").exists()
+
+
+def test_a_home_is_not_replaced_with_a_model_of_its_own(tmp_path: Path, base: Path) -> None:
+    home = tmp_path / "home"
+    Learner.init(base, home).close()
+    model = home / "generations/0001/model-Q8_0.gguf"
+    model.parent.mkdir()
+    shutil.copy(base, model)
+    with pytest.raises(SettingError, match=r"model-Q8_0\.gguf is of the home that it would replace; copy it elsewhere first"):
+        Learner.init(model, home, force=True)
+    assert model.is_file() and Learner(home).ask("anne", max_tokens=2) is not None
+    Learner.init(model, home, force=True, precision="f16").close()  # a base of its own is written of it first
+    assert Learner(home).ask("anne", max_tokens=2) is not None and not model.exists()

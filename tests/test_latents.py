@@ -4,7 +4,6 @@ import resource
 import shutil
 import sqlite3
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -168,8 +167,7 @@ def test_where_no_cache_can_be_written_nothing_is_kept(base, tmp_path, is_there)
         assert torch.equal(states(first), states(second)) and second.n_found == 0
 
 
-def test_a_cache_that_another_process_has_locked_is_left_as_it_is(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+def test_a_cache_that_another_process_has_locked_is_left_as_it_is(base, tmp_path):
     path = tmp_path / "l.db"
     with LatentStore(path, "b") as store:
         wanted = states(latents(base, store))

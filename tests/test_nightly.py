@@ -29,7 +29,7 @@ from test_cli import one_line, run
 from edgecl import AdaptReport, Learner, measure, night
 from edgecl.child import run_stage
 from edgecl.device import Sensors
-from edgecl.errors import EdgeclError, NothingToLearn, NotNow, SettingError, StageError
+from edgecl.errors import EdgeclError, NothingToLearn, NotNow, StageError
 from edgecl.gate import GateSettings
 from edgecl.nightly import ADAPTERS, CACHES_LEAVE, needed_bytes, nightly
 from edgecl.profile import ReplaySettings, TrainSettings
@@ -450,55 +450,3 @@ def test_a_night_that_systemd_stops_goes_on_the_next_time_and_leaves_nothing_whe
     report = json.loads(out)
     assert code == 3 and "prose" in report["reason"] and report["write_s"] == 0 < report["n_written"], error
     assert [path.name for path in (home / "runs").iterdir()] == ["latents.db"]
-
-
-def test_init_says_which_profile_it_took_and_takes_its_quant(tmp_path: Path, base: Path) -> None:
-    code, out, error = run(tmp_path / "one", "init", base)
-    assert code == 0 and "proposed for this machine" in out, error
-    code, out, error = run(tmp_path / "two", "init", base, "--profile", "raspberry-pi-5", "--json")
-    facts = json.loads(out)
-    assert code == 0 and (facts["profile"], facts["quant"]) == ("raspberry-pi-5", "int4"), error
-    code, out, _ = run(tmp_path / "three", "init", base, "--profile", "raspberry-pi-5", "--quant", "int8")
-    assert code == 0 and "will serve int8" in out and "its profile is raspberry-pi-5\n" in out
-
-
-def test_a_profile_of_ones_own_is_found_from_every_folder(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.toml").write_text("ram_bytes = 1_234_000_000\n")
-    monkeypatch.chdir(tmp_path)
-    Learner.init(base, tmp_path / "home", profile="mine.toml").close()
-    monkeypatch.chdir("/")
-    with Learner(tmp_path / "home") as learner:
-        assert learner.profile.ram_bytes == 1_234_000_000
-
-
-def test_a_home_that_was_not_replaced_after_all_is_as_it_was(tmp_path: Path, base: Path) -> None:
-    (tmp_path / "tight.toml").write_text("ram_bytes = 1_000_000\n")
-    Learner.init(base, tmp_path / "home", precision="f16").close()
-    (written,) = (tmp_path / "home").glob("base-*.gguf")
-    before = written.stat()
-    other = tiny.build(tmp_path / "other.gguf", seed=7)[0]
-    with pytest.raises(EdgeclError, match=r"other\.gguf cannot be used: .*raise ram_bytes"):
-        Learner.init(other, tmp_path / "home", precision="f16", force=True, profile=str(tmp_path / "tight.toml"))
-    with Learner(tmp_path / "home") as learner:
-        assert learner.ask("anne", max_tokens=2) is not None
-    assert (written.stat().st_ino, written.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert not list((tmp_path / "home").glob(".base*"))
-
-
-def test_a_base_that_nights_could_not_train_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    base = tiny.build(tmp_path / "scaled.gguf", "gemma3", fields={"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})[0]
-    with pytest.raises(EdgeclError, match=r"rope\.scaling\.type = linear is not supported for training"):
-        Learner.init(base, tmp_path / "home")
-    assert not (tmp_path / "home/edgecl.toml").exists()
-
-
-def test_a_home_is_not_replaced_with_a_model_of_its_own(tmp_path: Path, base: Path) -> None:
-    home = make_home(tmp_path, base)
-    model = home / "generations/0001/model-Q8_0.gguf"
-    model.parent.mkdir()
-    shutil.copy(base, model)
-    with pytest.raises(SettingError, match=r"model-Q8_0\.gguf is of the home that it would replace; copy it elsewhere first"):
-        Learner.init(model, home, force=True)
-    assert model.is_file() and Learner(home).ask("anne", max_tokens=2) is not None
-    Learner.init(model, home, force=True, precision="f16").close()  # a base of its own is written of it first
-    assert Learner(home).ask("anne", max_tokens=2) is not None and not model.exists()

@@ -87,7 +87,7 @@ class LatentStore:
             self._start_over()
 
     def _open(self, path: Path | str) -> None:
-        self._db = sqlite3.connect(path)
+        self._db = sqlite3.connect(path, timeout=0)  # to compute is faster than to wait
         self._db.execute("PRAGMA synchronous = OFF")  # a torn file is found by its checksums
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS latents"
