@@ -41,7 +41,8 @@ GRACE_S = 60.0  # for a child that was told to stop; then it is ended, and its l
 WITHOUT_TORCH = ("measure", "write")  # stages that compute with llama.cpp alone
 ROOM = "room.json"  # in a run's folder, as `room` reads it
 LESS = 0.85  # of the memory that a try was planned with, is the next one's where it took too much
-BRIEFLY = "10000"  # spins of a waiting thread, a fraction of a millisecond: none at all costs a wake-up at every barrier
+# a thread of OpenMP that waits spins for a fraction of a millisecond: none at all costs a wake-up at every barrier
+BRIEF_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_stage(
     if limits.threads:
         environment["OMP_NUM_THREADS"] = str(limits.threads)
     if limits.nice:  # read when OpenMP is loaded, which llama_cpp does: too early for a stage to say it itself
-        environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": BRIEFLY} | environment
+        environment = BRIEF_WAITS | environment
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             module_command("edgecl.stages", stage),

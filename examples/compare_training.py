@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecl.child import BRIEF_WAITS
 from edgecl.data import parse_lines
 from edgecl.metrics import paired_interval
 from edgecl.places import PACKAGED, find_model
@@ -258,7 +259,8 @@ class Cells:
             return found
         print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
         asked = json.dumps(request | more).encode()
-        done = subprocess.run([sys.executable, __file__, "--run", kind], input=asked, capture_output=True)
+        environment = os.environ if kind == "peer" else BRIEF_WAITS | os.environ  # as a night's process has it
+        done = subprocess.run([sys.executable, __file__, "--run", kind], input=asked, env=environment, capture_output=True)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr.decode()[-3000:]}")
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) | {"date": time.strftime("%Y-%m-%d")}

@@ -87,6 +87,18 @@ def test_weights_are_decoded_in_place_as_float32_or_rounded_to_bfloat16_bits(
     np.testing.assert_array_equal(out[0], wanted)
 
 
+def test_bfloat16_is_rounded_alike_as_compiled_for_this_cpu_and_for_every_one() -> None:
+    awkward = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 1, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7F800001], np.uint32)
+    weights = np.concatenate([normal(40, 63).ravel(), awkward.view(np.float32)])  # ties, tiny ones, infinity; last, no number
+    kernels = [ggml._to_bf16(), ggml._row(ggml._LIB, "ggml_fp32_to_bf16_row")]
+    bits = [np.zeros(len(weights), np.uint16) for _ in kernels]
+    for kernel, out in zip(kernels, bits, strict=True):
+        kernel(weights.ctypes.data, out.ctypes.data, len(weights))
+    assert kernels[0].__name__ != kernels[1].__name__
+    np.testing.assert_array_equal(*bits)
+    np.testing.assert_array_equal(bits[0][:-1], torch.from_numpy(weights).bfloat16().view(torch.uint16).numpy()[:-1])
+
+
 @pytest.mark.parametrize("qtype", K_ERROR, ids=lambda t: t.name)
 def test_k_quants_round_trip_within_their_error_and_decode_as_gguf_py_does(qtype: QType) -> None:
     weights = normal(16, 512)

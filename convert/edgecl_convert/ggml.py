@@ -1,8 +1,9 @@
 """ggml's quantization kernels through ctypes, threaded by rows.
 
-The kernels live in `libggml-base.so`, which llama-cpp-python installs; the library is opened by path, so neither
-llama_cpp nor torch is imported. They are bit-identical with gguf-py, several times faster, and write the K-quants that
-gguf-py cannot. Where the library is not installed, gguf-py's numpy kernels take over (`BACKEND` says which one runs).
+The kernels live in `libggml-base.so`, which llama-cpp-python installs, and the one that rounds to bfloat16 also in
+`libggml-cpu.so`, compiled for this CPU. Both are opened by path, so neither llama_cpp nor torch is imported. They are
+bit-identical with gguf-py, several times faster, and write the K-quants that gguf-py cannot. Where the library is not
+installed, gguf-py's numpy kernels take over (`BACKEND` says which one runs).
 
 *Does not cover*: types that need an importance matrix (IQ1, IQ2), and any type without a gguf size entry.
 """
@@ -27,6 +28,7 @@ from .errors import UnsupportedError
 QType: TypeAlias = GGMLQuantizationType
 F32Array = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Row = Callable[[int, int, int], None]  # ggml's kernels of a row: addresses of source and destination, count
 
 FLOAT_TYPES = (QType.F32, QType.F16, QType.BF16)
 # ggml's quantizer ends the whole process on these: no kernel, or none without an importance matrix
@@ -38,17 +40,17 @@ CHUNK_WEIGHTS = 1 << 18  # weights a worker takes at once: 1 MiB of float32, whi
 DECODED_AT_ONCE = 1 << 16  # weights between two types: read again at once, so they should still be near
 
 
-def _library_path() -> Path | None:
+def _library_path(stem: str) -> Path | None:
     spec = importlib.util.find_spec("llama_cpp")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for name in ("libggml-base.so", "libggml-base.dylib"):
-            if (path := Path(folder) / "lib" / name).exists():
+        for ending in ("so", "dylib"):
+            if (path := Path(folder) / "lib" / f"{stem}.{ending}").exists():
                 return path
     return None
 
 
 def _load() -> ctypes.CDLL | None:
-    path = _library_path()
+    path = _library_path("libggml-base")
     if path is None:
         return None
     lib = ctypes.CDLL(str(path))
@@ -62,8 +64,6 @@ def _load() -> ctypes.CDLL | None:
         ctypes.c_int64,  # weights per row
         ctypes.c_void_p,  # importance of each input column, or null
     ]
-    lib.ggml_fp32_to_bf16_row.restype = None
-    lib.ggml_fp32_to_bf16_row.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return lib
 
 
@@ -74,10 +74,21 @@ _TO_FLOAT_NAMES = {QType.F16: "ggml_fp16_to_fp32_row", QType.BF16: "ggml_bf16_to
 
 
 @cache
-def _to_float(qtype: QType) -> Callable[[int, int, int], None] | None:
-    """Return ggml's `(source, destination, count)` decoder of a type, or None."""
-    name = _TO_FLOAT_NAMES.get(qtype, f"dequantize_row_{qtype.name.lower().replace('_k', '_K')}")
-    function: Any = getattr(_LIB, name, None) if _LIB is not None else None
+def _to_float(qtype: QType) -> Row | None:
+    """Return ggml's decoder of a type, or None."""
+    return _row(_LIB, _TO_FLOAT_NAMES.get(qtype, f"dequantize_row_{qtype.name.lower().replace('_k', '_K')}"))
+
+
+@cache
+def _to_bf16() -> Row | None:
+    """Return ggml's rounding of float32 to bfloat16: as compiled for this CPU, or for every one, a third as fast."""
+    path = _library_path("libggml-cpu")  # loads OpenMP
+    fast = _row(ctypes.CDLL(str(path)), "ggml_cpu_fp32_to_bf16") if path and _LIB else None
+    return fast or _row(_LIB, "ggml_fp32_to_bf16_row")
+
+
+def _row(lib: ctypes.CDLL | None, name: str) -> Row | None:
+    function: Any = getattr(lib, name, None) if lib is not None else None
     if function is not None:
         function.restype = None
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -297,8 +308,8 @@ def dequantize_into(tensors: Sequence[tuple[Bytes, QType, NDArray[Any]]], n_thre
 
 def _decode_into(source: Bytes, qtype: QType, out: NDArray[Any], wide: F32Array, start: int, stop: int) -> None:
     """Decode some rows; addresses only, because between two calls the other threads wait for the GIL."""
-    decode, to_bf16 = _to_float(qtype), _LIB.ggml_fp32_to_bf16_row  # type: ignore[union-attr]
-    assert decode is not None
+    decode, to_bf16 = _to_float(qtype), _to_bf16()
+    assert decode is not None and to_bf16 is not None
     n_per_row, n_row_bytes = out.shape[1], source.shape[1]
     from_, between, to = source.ctypes.data, wide.ctypes.data, out.ctypes.data
     if out.dtype == np.float32:

@@ -54,20 +54,13 @@ class Decoder:
         lora: Lora | None,
         first: int = 0,
         last: int | None = None,
-        n_wanted: int | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`.
-
-        Args:
-            n_wanted: so many in front are returned, (N, D): the last of the layers is spared for the others.
-        """
-        last = self.shape.n_layer if last is None else last
-        for layer in range(first, last):
-            only = n_wanted if layer == last - 1 else None
+        """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`."""
+        for layer in range(first, self.shape.n_layer if last is None else last):
             if self.checkpointing and lora is not None and torch.is_grad_enabled() and layer >= lora.first_layer:
-                x = _Recomputed.apply(x, lora.flat, self, layer, where, lora, only)
+                x = _Recomputed.apply(x, lora.flat, self, layer, where, lora)
             else:
-                x = self.layer(x, layer, where, lora, only)
+                x = self.layer(x, layer, where, lora)
         return x
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,8 +68,8 @@ class Decoder:
         out: torch.Tensor = RmsNorm.apply(x, self.weights.output_norm(), self.shape.norm_eps)
         return out
 
-    def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None, only: int | None = None) -> torch.Tensor:
-        """Return the hidden states (T, D) after one layer, or those of so many tokens in front."""
+    def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None) -> torch.Tensor:
+        """Return the hidden states (T, D) after one layer."""
         shape = self.shape
         heads = [shape.n_head, shape.n_kv, shape.n_kv]
 
@@ -96,8 +89,6 @@ class Decoder:
             q, k, v = qkv.split(heads, 1)
             qkv = torch.cat([norm(q, "attn_q_norm"), norm(k, "attn_k_norm"), v], 1)
         seen = Attend.apply(qkv, *turns, where.lines, shape.n_kv, is_near, shape.score_scale)
-        if only is not None:
-            x, seen = x[:only], seen[:only]
         out = project(seen, "out")
         x = x + (norm(out, "post_attention_norm") if shape.is_gemma else out)
         down = project(project(norm(x, "ffn_norm"), "gate_up"), "down", shape.is_gemma)
@@ -125,12 +116,11 @@ class _Recomputed(torch.autograd.Function):
         layer: int,
         where: Sequenced,
         lora: Lora,
-        only: int | None,
     ) -> torch.Tensor:
         """Return the layer's output."""
         ctx.save_for_backward(x)
-        ctx.again = (decoder, layer, where, lora, only)
-        return decoder.layer(x, layer, where, lora, only)
+        ctx.again = (decoder, layer, where, lora)
+        return decoder.layer(x, layer, where, lora)
 
     @staticmethod
     @once_differentiable
@@ -141,4 +131,4 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             y = decoder.layer(x, *rest)
         torch.autograd.backward(y, dy)
-        return x.grad, None, None, None, None, None, None
+        return x.grad, None, None, None, None, None

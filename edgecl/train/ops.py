@@ -39,12 +39,13 @@ class Project(torch.autograd.Function):
         Args:
             trained: the adapter's parameter: the output then belongs to the graph even where x does not.
             lora: the group's factors, None where it has none.
-            gelu: x is gate and up (T, 2 in), and `gated` comes first; computed again in the backward pass, which spares its
-                memory: a quarter of what a layer keeps.
+            gelu: x is gate and up (T, 2 in), side by side, and active(gate) * up is mapped; computed again in the backward
+                pass, which spares its memory: a quarter of what a layer keeps.
         """
         kept = x
         if gelu is not None:
-            x = gated(x, gelu)
+            gate, up = x.chunk(2, -1)
+            x = _active(gate, gelu).mul_(up)
         y = F.linear(x, weights.group(layer, group), weights.biases[layer, group])
         low = None
         if lora is not None:
@@ -60,17 +61,21 @@ class Project(torch.autograd.Function):
         """Add the gradients of A and B to their buffers; return that of x."""
         kept, low = ctx.saved_tensors
         lora: LoraGroup | None = ctx.lora
-        dlow = None
+        x, active, dlow = kept, None, None
+        if ctx.gelu is not None:
+            gate, up = kept.chunk(2, -1)
+            active = _active(gate, ctx.gelu)
+            x = active * up
         if lora is not None:
-            x, dlow = kept if ctx.gelu is None else gated(kept, ctx.gelu), dy @ lora.b
+            dlow = dy @ lora.b
             lora.add_gradients(dlow.T @ x, low.T @ dy)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.weights.group(ctx.layer, ctx.group)
             if lora is not None and dlow is not None:
                 dx.addmm_(dlow, lora.a, alpha=lora.scaling)
-            if ctx.gelu is not None:
-                dx = _gated_backward(kept, dx, ctx.gelu)
+            if active is not None:
+                dx = _gated_backward(kept, active, dx, ctx.gelu)
         return dx, None, None, None, None, None, None
 
 
@@ -97,23 +102,21 @@ class RmsNorm(torch.autograd.Function):
         return dx, None, None
 
 
-def gated(gate_up: torch.Tensor, is_gelu: bool) -> torch.Tensor:
-    """Map gate and up, which stand side by side in (T, 2 F), to f(gate) * up (T, F); f is SiLU, or the GELU of gemma."""
-    gate, up = gate_up.chunk(2, -1)
-    return (F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)).mul_(up)
+def _active(gate: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    """Return SiLU of a gate (T, F), or the GELU of gemma."""
+    return F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)
 
 
-def _gated_backward(gate_up: torch.Tensor, dy: torch.Tensor, is_gelu: bool) -> torch.Tensor:
-    """Return the gradient of `gated` from that of its output."""
+def _gated_backward(gate_up: torch.Tensor, active: torch.Tensor, dy: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    """Return the gradient of gate and up (T, 2 F), which stand side by side, from that of active * up."""
     gate, up = gate_up.chunk(2, -1)
     out = torch.empty_like(gate_up)
     d_gate, d_up = out.chunk(2, -1)
-    through = dy * up
+    torch.mul(active, dy, out=d_up)
+    through = dy.mul_(up)
     if is_gelu:
-        torch.mul(F.gelu(gate, approximate="tanh"), dy, out=d_up)
         d_gate.copy_(torch.ops.aten.gelu_backward(through, gate, approximate="tanh"))
     else:
-        torch.mul(F.silu(gate), dy, out=d_up)
         torch.ops.aten.silu_backward(through, gate, grad_input=d_gate)
     return out
 

@@ -3,10 +3,11 @@
 A night's rows are a few dozen tokens each, and many begin alike: the template's system turn, a task's instruction, a
 question's first words. What several rows begin with stands once, as a tree; what each goes on with follows. The products of a
 layer then have as many rows as there are different tokens, which is what a CPU needs, and a few more: oneDNN compiles and keeps
-kernels for every shape that it meets (1 ms and 0.35 MB each), so the sequence is filled up to a multiple of 16. To attend,
-rows of about the same length are laid side by side, all of the tree before each, of which a row sees its own path.
+kernels for every shape that it meets (1 ms and 0.35 MB each, with AMX 1.5 ms and 0.85 MB), so the sequence is filled up to a
+multiple of 16. To attend, rows of about the same length are laid side by side, all of the tree before each, of which a row
+sees its own path.
 
-Tokens at which something is predicted stand in front, whatever their row: the others are spared the last layer and the head.
+Tokens at which something is predicted stand in front, whatever their row: the others are spared the head.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .batches import TrainRow, predicted
 from .decoder import Decoder, Sequenced
 from .ops import Bucket, Lines
 
-MULTIPLE = 16  # of tokens in a sequence, of those in front, of those in a tree, and of slots in a line
+MULTIPLE = 16  # of tokens in a sequence, of those in a tree, and of slots in a line
 SHORT = 64  # rows up to this length share lines
 LEAST = 3  # rows that begin alike have that in common; two, where there are no more
 _SHARED = -1  # the row of a token of the tree
@@ -79,13 +80,11 @@ class Packed:
         ids: in the order of the sequence, with what fills it up.
         rows: where the tokens of each row stand in it.
         order: where each of them stands among the tokens of all rows, one row after the other; 0 for what fills up.
-        n_wanted: so many in front are those at which something is predicted, with what fills them up.
     """
 
     ids: list[int]
     rows: list[list[int]]
     order: list[int]
-    n_wanted: int
     where: Sequenced
 
 
@@ -96,16 +95,15 @@ def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple
         wanted: row and token of what stands in front.
     """
     shared, paths = tree(rows, _before(rows, wanted))
-    places: list[tuple[int, int] | None] = [*wanted, *[None] * (-len(wanted) % MULTIPLE)]
-    n_wanted, in_front = len(places), set(wanted)
-    places += shared
+    places: list[tuple[int, int] | None] = [*wanted, *shared]
+    in_front = set(wanted)
     for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
         places += [(i, t) for t in range(len(path), len(row)) if (i, t) not in in_front]
     places += [None] * (-len(places) % MULTIPLE)
 
     starts = [0, *accumulate(map(len, rows))]
-    where = [[n_wanted + node for node in path] + [0] * (len(row) - len(path)) for row, path in zip(rows, paths, strict=True)]
-    tree_at = range(n_wanted, n_wanted + len(shared))
+    tree_at = range(len(wanted), len(wanted) + len(shared))
+    where = [[tree_at[node] for node in path] + [0] * (len(row) - len(path)) for row, path in zip(rows, paths, strict=True)]
     for here, place in enumerate(places):
         if place is not None and here not in tree_at:
             where[place[0]][place[1]] = here
@@ -126,7 +124,7 @@ def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple
     near = decoder.turns(positions, shape.rope_theta_window, factors) if shape.window else None
     order = [0 if place is None else starts[place[0]] + place[1] for place in places]
     ids = [0 if place is None else rows[place[0]][place[1]] for place in places]
-    return Packed(ids, where, order, n_wanted, Sequenced(turns, near, lines))
+    return Packed(ids, where, order, Sequenced(turns, near, lines))
 
 
 def _before(rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]]) -> list[int]:
