@@ -36,7 +36,7 @@ DEPTHS = (0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to,
 # what kernels keep, measured over nights of 300 rows without and with an anchor, which rides along in some steps and so
 # doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
 KERNEL_BYTES = {torch.bfloat16: (130_000_000, 220_000_000), torch.float32: (80_000_000, 80_000_000)}
-AMX_KERNEL_BYTES = (185_000_000, 210_000_000)
+AMX_KERNEL_BYTES = (185_000_000, 240_000_000)
 FEW_KERNELS = 32  # that oneDNN keeps where memory is short: those of a step, instead of all
 FEW_KERNELS_BYTES = {torch.bfloat16: (110_000_000, 185_000_000), torch.float32: (80_000_000, 80_000_000)}
 # of what a step keeps for its backward pass: the allocator has so much more, in pieces that the next cannot use
