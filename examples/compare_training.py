@@ -9,7 +9,7 @@ in the faster of bfloat16 and float32, which a few steps of each decide. Shown a
 - default: new rows as a night trains on them, its anchor to the base included; speed from the files on disk to the adapter, and
   accuracy on held-out rows beside the same night with LoRA on every layer, which is the default;
 - front: the default, and the same at other depths;
-- low_memory: default in 860 MB, with packed weights, and beside it full_depth in 860 MB;
+- low_memory: default in 880 MB, with packed weights, and beside it full_depth in 880 MB;
 - scaling: ten times as many rows, one epoch;
 - large: a model of 1.2 billion random weights in 2 GB, packed.
 
@@ -54,7 +54,7 @@ FRONT = (1.0, 0.75, 0.5, 0.4)  # depths
 N_TRAIN, N_HELDOUT = 300, 150
 PEER_RECIPE = TrainSettings(epochs=3, min_steps=1, anchor_weight=0.0, depth=1.0, schedule="constant", warmup=0.0)
 SHIPPED = TrainSettings(min_steps=1)
-LOW_MEMORY_BYTES = 860_000_000
+LOW_MEMORY_BYTES = 880_000_000
 LARGE_BYTES = 2_000_000_000
 LARGE_STEPS = 3
 
