@@ -88,8 +88,8 @@ def test_weights_are_decoded_in_place_as_float32_or_rounded_to_bfloat16_bits(
 
 
 def test_bfloat16_is_rounded_alike_as_compiled_for_this_cpu_and_for_every_one() -> None:
-    awkward = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 1, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7F800001], np.uint32)
-    weights = np.concatenate([normal(40, 63).ravel(), awkward.view(np.float32)])  # ties, tiny ones, infinity; last, no number
+    bounds = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 1, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7F800001], np.uint32)
+    weights = np.concatenate([normal(40, 63).ravel(), bounds.view(np.float32)])  # ties, tiny ones, infinity; last, no number
     kernels = [ggml._to_bf16(), ggml._row(ggml._LIB, "ggml_fp32_to_bf16_row")]
     bits = [np.zeros(len(weights), np.uint16) for _ in kernels]
     for kernel, out in zip(kernels, bits, strict=True):

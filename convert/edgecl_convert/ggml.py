@@ -83,7 +83,7 @@ def _to_float(qtype: QType) -> Row | None:
 def _to_bf16() -> Row | None:
     """Return ggml's rounding of float32 to bfloat16: as compiled for this CPU, or for every one, a third as fast."""
     path = _library_path("libggml-cpu")  # loads OpenMP
-    fast = _row(ctypes.CDLL(str(path)), "ggml_cpu_fp32_to_bf16") if path and _LIB else None
+    fast = _row(ctypes.CDLL(str(path)), "ggml_cpu_fp32_to_bf16") if path else None
     return fast or _row(_LIB, "ggml_fp32_to_bf16_row")
 
 
@@ -308,13 +308,15 @@ def dequantize_into(tensors: Sequence[tuple[Bytes, QType, NDArray[Any]]], n_thre
 
 def _decode_into(source: Bytes, qtype: QType, out: NDArray[Any], wide: F32Array, start: int, stop: int) -> None:
     """Decode some rows; addresses only, because between two calls the other threads wait for the GIL."""
-    decode, to_bf16 = _to_float(qtype), _to_bf16()
-    assert decode is not None and to_bf16 is not None
+    decode = _to_float(qtype)
+    assert decode is not None
     n_per_row, n_row_bytes = out.shape[1], source.shape[1]
     from_, between, to = source.ctypes.data, wide.ctypes.data, out.ctypes.data
     if out.dtype == np.float32:
         decode(from_ + start * n_row_bytes, to + 4 * start * n_per_row, (stop - start) * n_per_row)
         return
+    to_bf16 = _to_bf16()
+    assert to_bf16 is not None
     step = len(wide) // n_per_row
     for first in range(start, stop, step):
         n = (min(first + step, stop) - first) * n_per_row
