@@ -111,6 +111,8 @@ class TrainSettings:
             other words (see `replay.written`).
         depth: share of the layers that are trained, counted from the head; less is faster, learns a little less of the night
             and forgets more of earlier ones (the README has the figures).
+        freeze_at: share of the steps of a first night, after which the lower half of the layers is frozen (FreezeOut, Brock
+            et al. 2017), so that what it makes of a row is computed once; 1: never. Later nights would forget more by it.
         batch_rows: new rows per step; replay_rows: rows from the buffer in every step.
         anchor_weight: how much a step's KL divergence from the base on general text counts beside its answer loss.
         learning_rate: peak of the schedule: constant, linear, cosine or oscillating (see `train.schedule`).
@@ -123,6 +125,7 @@ class TrainSettings:
     r: int = 8
     lora_alpha: float = 16.0
     depth: float = 1.0
+    freeze_at: float = 0.33
     epochs: int = 3
     min_steps: int = 40
     batch_rows: int = 8
@@ -150,11 +153,14 @@ class TrainSettings:
         _check_least(self, "train.", "", r=1, epochs=0, min_steps=0, batch_rows=1, replay_rows=0, learning_rate=0)
         _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, seed=0)
         _check_least(self, "train.", "", patience=0, eval_every=1, warmup=0, cycles=1, bump=0, settled=0, ema_decay=0)
+        _check_least(self, "train.", "", freeze_at=0)
         for key in ("warmup", "settled", "ema_decay"):
             if not getattr(self, key) < 1:
                 raise SettingError(f"train.{key} must be below 1, got {getattr(self, key)}")
         if self.schedule not in SCHEDULES:
             raise SettingError(f"train.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule}")
+        if self.freeze_at > 1:
+            raise SettingError(f"train.freeze_at must be at most 1, got {self.freeze_at}")
         if not 0 < self.depth <= 1:
             raise SettingError(f"train.depth must be above 0 and at most 1, got {self.depth}")
         if not self.lora_alpha > 0:

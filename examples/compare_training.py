@@ -6,9 +6,9 @@ in the faster of bfloat16 and float32, which a few steps of each decide. Shown a
 
 - full_depth: LoRA on every layer, the peer's recipe, but that the loss is averaged over rows; speed in real (unpadded) tokens
   per second of training;
-- default: new rows as a night trains on them, its anchor to the base included; speed from the files on disk to the adapter, and
-  accuracy on held-out rows beside the same night with LoRA on every layer, which is the default;
-- front: the default, and the same at other depths;
+- default: new rows as a first night trains on them, its anchor to the base included; speed from the files on disk to the
+  adapter, and accuracy on held-out rows beside the same night with every layer trained to the end, as later nights train;
+- front: that night, the default, and the same with other shares of the layers;
 - low_memory: default in 880 MB, with packed weights, and beside it full_depth in 880 MB;
 - scaling: ten times as many rows, one epoch;
 - large: a model of 1.2 billion random weights in 2 GB, packed.
@@ -50,10 +50,12 @@ from edgecl_convert import write_atomic
 
 Rows = list[tuple[list[int], list[bool]]]
 SEEDS = (0, 1, 2)
-FRONT = (1.0, 0.75, 0.5, 0.4)  # depths
+EVERY_LAYER = (1.0, 1.0)
 N_TRAIN, N_HELDOUT = 300, 150
 PEER_RECIPE = TrainSettings(epochs=3, min_steps=1, anchor_weight=0.0, depth=1.0, schedule="constant", warmup=0.0)
 SHIPPED = TrainSettings(min_steps=1)
+DEFAULT = (SHIPPED.depth, SHIPPED.freeze_at)
+FRONT = (EVERY_LAYER, DEFAULT, (0.75, 1.0), (0.5, 1.0), (0.4, 1.0))  # depth, freeze_at
 LOW_MEMORY_BYTES = 880_000_000
 LARGE_BYTES = 2_000_000_000
 LARGE_STEPS = 3
@@ -290,15 +292,16 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
     full: list[dict[str, Any]] = []
     low: list[dict[str, Any]] = []
     full_low: list[dict[str, Any]] = []
-    front: dict[float, list[dict[str, Any]]] = {depth: [] for depth in FRONT}
+    front: dict[tuple[float, float], list[dict[str, Any]]] = {of: [] for of in FRONT}
     for seed, request in requests.items():
         recipe = request | {"settings": asdict(replace(PEER_RECIPE, seed=seed))}
         peer.append(cells.run(f"peer-{dtype}-seed{seed}", "peer", request | {"dtype": dtype}))
         full.append(cells.run(f"full-seed{seed}", "edgecl", recipe))
-        for depth in FRONT:
-            shipped = request | {"settings": asdict(replace(SHIPPED, seed=seed, depth=depth))}
-            front[depth].append(cells.run(f"depth{depth:g}-seed{seed}", "edgecl", shipped))
-            if depth == SHIPPED.depth:
+        for of in FRONT:
+            depth, freeze_at = of
+            shipped = request | {"settings": asdict(replace(SHIPPED, seed=seed, depth=depth, freeze_at=freeze_at))}
+            front[of].append(cells.run(f"depth{depth:g}-frozen{freeze_at:g}-seed{seed}", "edgecl", shipped))
+            if of == DEFAULT:
                 low.append(cells.run(f"low-seed{seed}", "edgecl", shipped | {"ram_bytes": LOW_MEMORY_BYTES}))
         if not full_low:
             full_low.append(cells.run(f"full-low-seed{seed}", "edgecl", recipe | {"ram_bytes": LOW_MEMORY_BYTES}))
@@ -308,11 +311,11 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
         for n in (200, 2000)
     )
 
-    every, chosen = front[1.0], front[SHIPPED.depth]
+    every, chosen = front[EVERY_LAYER], front[DEFAULT]
     result: dict[str, Any] = {
         "peer": {"dtype": dtype} | _facts(peer) | {f"{d}_tokens_per_s": p["tokens_per_s"] for d, p in probes.items()},
         "full_depth": _facts(full) | {"speed_ratio": _ratio(full, peer, "tokens_per_s")},
-        "default": {"depth": SHIPPED.depth} | _facts(chosen) | _against(chosen, every, peer),
+        "default": _setting(DEFAULT) | _facts(chosen) | _against(chosen, every, peer),
         "low_memory": _facts(low)
         | {
             "rss_ratio": _ratio(low, peer, "peak_rss_bytes"),
@@ -326,7 +329,7 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
             "speed_ratio": many["tokens_per_s"] / some["tokens_per_s"],
             "rss_ratio": many["peak_rss_bytes"] / some["peak_rss_bytes"],
         },
-        "front": [{"depth": depth} | _facts(runs) | _against(runs, every, peer) for depth, runs in front.items()],
+        "front": [_setting(of) | _facts(runs) | _against(runs, every, peer) for of, runs in front.items()],
         "loss_curves": {"peer": peer[0]["losses"], "full_depth": full[0]["losses"], "default": chosen[0]["losses"]},
         "data": data.name if data else "demo",
         "machine": {"machine": platform.machine(), "python": platform.python_version(), "date": peer[0]["date"]},
@@ -351,6 +354,10 @@ def large_cell(cells: Cells) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=cells.out) as folder:
         model = random_llama.write_random_llama(Path(folder) / "large.gguf")
         return cells.run("large", "large", request, model=str(model))
+
+
+def _setting(of: tuple[float, float]) -> dict[str, Any]:
+    return dict(zip(("depth", "freeze_at"), of, strict=True))
 
 
 def _facts(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -395,15 +402,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set(xlabel="step", ylabel="answer loss, nats (mean of 9 steps)", yscale="log", title="Loss")
     left.legend()
     speeds, accuracies = ([row["speed_ratio"] for row in result["front"]], [100 * row["accuracy"] for row in result["front"]])
-    right.plot(speeds, accuracies, marker="o", label="edgecl, by depth")
+    right.plot(speeds, accuracies, "o", label="edgecl, by depth")
     for row, *place in zip(result["front"], speeds, accuracies, strict=True):
-        right.annotate(f"{row['depth']:g}", place, textcoords="offset points", xytext=(4, 4))
+        right.annotate(_named(row), place, textcoords="offset points", xytext=(4, 4))
     right.plot([1], [100 * result["peer"]["accuracy"]], "s", label=f"Trainer + PEFT, {result['peer']['dtype']}")
     right.set(xlabel="speed of a whole night, times the peer's", ylabel="held-out rows answered, %", title="Speed and accuracy")
     right.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['depth']:g}" + (f", half frozen at {row['freeze_at']:g}" if row["freeze_at"] < 1 else "")
 
 
 def show(result: dict[str, Any]) -> None:
@@ -421,10 +432,10 @@ def show(result: dict[str, Any]) -> None:
     print(f"{'large':<12}{large['tokens_per_s']:<10.1f}{large_size}")
     scaling = result["scaling"]
     print(f"2,000 rows against 200: speed {scaling['speed_ratio']:.2f} times, peak RSS {scaling['rss_ratio']:.2f} times")
-    print("\ndepth  night, times the peer  right   against the first: accuracy, answer loss, nats (95%)")
+    print("\ndepth                   night  right   against the first: accuracy, answer loss, nats (95%)")
     for row in result["front"]:
         print(
-            f"{row['depth']:<6g} {row['speed_ratio']:<22.2f} {row['accuracy']:<7.1%} "
+            f"{_named(row):<23} {row['speed_ratio']:<6.2f} {row['accuracy']:<7.1%} "
             f"{row['accuracy_difference']:+.1%}, {row['answer_loss_change']:+.3f} "
             f"({row['answer_loss_low']:+.3f} to {row['answer_loss_high']:+.3f})"
         )

@@ -182,9 +182,10 @@ def test_whatever_decides_a_run_makes_its_checkpoint_another_ones(base, tmp_path
     assert began == [3, 0, 0, 0]
 
 
-def test_a_run_resumed_where_rows_are_dealt_again_computes_the_same_states_together(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("depth", [0.5, 1.0])
+def test_a_run_resumed_where_rows_are_dealt_again_computes_the_same_states_together(base, tmp_path, monkeypatch, depth):
     """A product of other rows may differ in its last bits, and whether it does depends on the machine: so does a run."""
-    settings, replay = replace(SETTINGS, epochs=4, depth=0.5, anchor_weight=0.0), rows(60, 4)
+    settings, replay = replace(SETTINGS, epochs=4, depth=depth, anchor_weight=0.0), rows(60, 4)
     long = TrainRow(random_tokens(200, 5), [False] * 197 + [True] * 3)  # a part then holds the rows of several other steps
     together: dict[str, list[list[bytes]]] = {"whole": [], "broken": []}
     compute = Latents._compute

@@ -35,9 +35,10 @@ def base(tmp_path_factory):
 
 def latents(base, store, first_layer=2, below=None) -> Latents:
     decoder = Decoder(base, CPU32)
-    lora = Lora(base, decoder.shape, 4, 8.0, 0, CPU32, first_layer)
+    lora = Lora(base, decoder.shape, 4, 8.0, 0, CPU32)
     if below is not None:
         lora.warm_start(below)
+    lora.freeze_below(first_layer)
     return Latents(decoder, lora, store)
 
 

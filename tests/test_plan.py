@@ -1,18 +1,19 @@
 """The planner: what is planned fits, more memory is never slower, less time means fewer layers, and it says what would fit."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import build, random_tokens
+from tiny import build, random_adapter, random_tokens
 
 from edgecl.errors import EdgeclError, NotNow
 from edgecl.profile import Profile, TrainSettings
 from edgecl.shape import Shape, read_shape
-from edgecl.train import Night, TrainRow, loop, plan, train
+from edgecl.train import LatentStore, Night, TrainRow, loop, plan, train
 from edgecl.train.plan import Plan, first_trained, plan_memory, resident_part
 from edgecl.train.weights import Placement
 from edgecl_convert import GgufFile
@@ -132,13 +133,20 @@ def test_a_run_that_is_gone_on_from_keeps_its_parts_where_they_fit():
 def test_a_plan_says_what_makes_it_slow():
     made = replace(planned(4e9), seconds=90)
     size = f"{made.peak_rss_bytes / 1e6:.0f} MB"
-    assert str(made) == f"30 of 30 layers, weights resident, parts of {made.micro_tokens} tokens: 90 s, {size}"
+    layers = "30 of 30 layers, the upper 15 from step 5 on"
+    assert str(made) == f"{layers}, weights resident, parts of {made.micro_tokens} tokens: 90 s, {size}"
     assert ", head packed, " in str(replace(made, resident_head=False))
     assert ", weights packed, " in str(replace(made, resident_head=False, n_resident=0))
-    slow = replace(made, first_layer=20, checkpointing=True, few_kernels=True)
+    slow = replace(made, first_layer=20, upper_layer=20, checkpointing=True, few_kernels=True)
     assert str(slow).startswith("10 of 30 layers for lack of time, ")
     assert f"parts of {made.micro_tokens} tokens, layers computed twice, few kernels kept: " in str(slow)
-    assert "time" not in str(planned(4e9, depth=0.3))
+    for more in ({"depth": 0.5}, {"freeze_at": 1.0}):
+        assert re.match(r"(15|30) of 30 layers, weights resident", str(planned(4e9, **more)))
+
+
+def test_layers_that_are_frozen_later_take_their_memory_and_those_below_never_do():
+    whole, later, never = (planned(4e9, **more) for more in ({"freeze_at": 1.0}, {}, {"depth": 0.5}))
+    assert later.peak_rss_bytes == whole.peak_rss_bytes > never.peak_rss_bytes
 
 
 # --- time, measured ---------------------------------------------------------------------------------------------------
@@ -166,6 +174,21 @@ def test_a_night_short_of_time_trains_fewer_layers(base, monkeypatch):
         assert (" for lack of time" in report.plan) == (minutes < 1)
     assert depths[100] == 10 and depths[0.001] <= 2
     assert math.isclose(read_shape(base).n_layer, 10)
+
+
+def test_frozen_layers_are_spared_of_time_and_go_on_as_they_are_where_it_is_short(base, monkeypatch):
+    monkeypatch.setattr(plan, "_seconds", lambda work: work() or 5.0)  # a second for each of the layers
+    settings = TrainSettings(freeze_at=0.5, epochs=4, min_steps=1, anchor_weight=0.0)
+    _, report = train(base, rows(8), [], settings, Profile(threads=1))
+    assert report.predicted_s == 2 * (5 + 10) + 2 * (5 + 5 + 5)  # all rows of the last two go through the frozen layers
+    assert report.plan.startswith("10 of 10 layers, the upper 5 from step 3 on, ")
+    with LatentStore(base.path.with_suffix(".db"), "base") as store:
+        _, report = train(base, rows(8), [], settings, Profile(threads=1), Night(store=store))
+        assert report.predicted_s == 2 * (5 + 10) + 2 * (5 + 5 + 0.5 * 5)  # each of them once
+        _, report = train(base, rows(8), [], settings, Profile(threads=1, minutes=0.9), Night(store=store))
+    assert report.plan.startswith("8 of 10 layers for lack of time, the upper 5 from step 3 on, ")
+    _, report = train(base, rows(8), [], settings, Profile(threads=1), Night(start=random_adapter(base)))
+    assert report.plan.startswith("10 of 10 layers, weights resident, ")  # what earlier nights taught would be forgotten
 
 
 def test_a_checkpoint_whose_parts_do_not_fit_any_more_is_left_for_a_new_start(base, tmp_path):

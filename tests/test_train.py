@@ -1,7 +1,9 @@
 """Training: exact gradients, repeatable adapters, and rows that are really learned."""
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
 
 import gguf
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from tiny import N_VOCAB, STD, WINDOW, Tiny, build, random_adapter, random_tokens, torch_model, write_model
 
-from edgecl.errors import Diverged
+from edgecl.errors import Diverged, NotNow
 from edgecl.profile import Profile, TrainSettings
 from edgecl.train import Night, TrainRow, loop, train, weights
 from edgecl.train.decoder import Decoder
@@ -67,8 +70,9 @@ def facts(n: int, seed: int) -> list[TrainRow]:
 
 def warm(base, decoder, adapter, r=4, lora_alpha=8.0, first_layer=0) -> Lora:
     """Return an adapter in torch that goes on from `adapter`."""
-    lora = Lora(base, decoder.shape, r, lora_alpha, 0, decoder.place, first_layer)
+    lora = Lora(base, decoder.shape, r, lora_alpha, 0, decoder.place)
     lora.warm_start(adapter)
+    lora.freeze_below(first_layer)
     return lora
 
 
@@ -138,9 +142,11 @@ def test_gradients_equal_plain_autograd(models, architecture, mode, first_layer)
     each = loop.backward(decoder, lora, rows, held, 0.5, 320)  # 320 tokens: two parts, long and short rows in one
 
     assert sum(each) / len(rows) == pytest.approx(wanted_loss, rel=1e-5)
-    assert len(lora.names) == 7 * (decoder.shape.n_layer - first_layer)
+    trained = [name for name in lora.names if int(name.split(".")[1]) >= first_layer]
+    assert len(trained) == 7 * (decoder.shape.n_layer - first_layer)
+    assert not any(part.any() for name in lora.names if name not in trained for part in lora.gradients(name))
     errors, sizes = [], []
-    for name in lora.names:
+    for name in trained:
         for got, reference in zip(lora.gradients(name), wanted[name], strict=True):
             errors.append(float((got - reference).norm()))
             sizes.append(float(reference.norm()))
@@ -179,6 +185,21 @@ def test_same_seed_gives_the_same_adapter_bit_for_bit(models):
     assert not same(runs[0], runs[2])
     untrained = [fit(base, facts(3, 1), [], replace(FAST, seed=s), minutes=1e-9)[0] for s in (3, 3, 4)]
     assert same(untrained[0], untrained[1]) and not same(untrained[0], untrained[2])  # the start is drawn by it too
+
+
+def test_layers_below_are_trained_until_they_are_frozen(models, tmp_path):
+    base, _ = models("llama")
+    settings, path = replace(FAST, epochs=8, freeze_at=0.5, weight_decay=0.1), tmp_path / "run.safetensors"
+    found = []
+    for _ in range(4):  # two of eight steps each
+        told = iter([False, False, True])
+        with suppress(NotNow):
+            fit(base, facts(8, 1), [], settings, Night(checkpoint=path, stop=lambda told=told: next(told)))
+        with safe_open(path, "pt") as file:
+            found.append(file.get_tensor("flat"))
+    half = len(found[0]) // 2  # two layers, all of one's numbers before the other's
+    moved = [[not torch.equal(a[part], b[part]) for part in (slice(half), slice(half, None))] for a, b in pairwise(found)]
+    assert moved == [[True, True], [False, True], [False, True]]
 
 
 def test_rows_are_learned_and_shuffled_answers_are_not(models):
@@ -276,7 +297,8 @@ def test_anchor_holds_the_model_to_its_base(models):
 
     def drift(weight: float) -> tuple[float, float]:
         rows = facts(16, 1)
-        adapter, _ = fit(base, rows, [], replace(FAST, epochs=10, anchor_weight=weight), night=Night(anchor=ANCHORS))
+        settings = replace(FAST, epochs=10, freeze_at=1.0, anchor_weight=weight)
+        adapter, _ = fit(base, rows, [], settings, night=Night(anchor=ANCHORS))
         decoder = Decoder(base, CPU32)
         lora = warm(base, decoder, adapter, FAST.r, FAST.lora_alpha)
         with torch.no_grad():
@@ -352,10 +374,10 @@ def after_each_step(monkeypatch):
     """Return the trained numbers as they were before the first step, and after each."""
     seen, step = [], AdamW.step
 
-    def noted(self, learning_rate):
+    def noted(self, *arguments):
         if not seen:
             seen.append(self.flat.detach().clone())
-        step(self, learning_rate)
+        step(self, *arguments)
         seen.append(self.flat.detach().clone())
 
     monkeypatch.setattr(AdamW, "step", noted)

@@ -1,8 +1,8 @@
 """Latent cache: the hidden states that enter the first trained layer, computed once for each row and kept on disk.
 
-Layers below the first trained one are the same in every epoch and on every night, and so is what they make of a row. On disk,
-because a night's memory must not grow with its rows; reading a batch takes a millisecond. It is a cache: whatever is wrong
-with an entry or with the whole file, the answer is to compute again.
+Frozen layers are the same in every step to come, on every night to come where none has changed them, and so is what they
+make of a row. On disk, because a night's memory must not grow with its rows; reading a batch takes a millisecond. It is a
+cache: whatever is wrong with an entry or with the whole file, the answer is to compute again.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Latents:
     """States of rows that enter the first trained layer of an adapter: from the store, else computed and kept."""
 
     def __init__(self, decoder: Decoder, lora: Lora, store: LatentStore) -> None:
-        """Take the layers below `lora.first_layer`, with what a warm start brought for them."""
+        """Take the layers below `lora.first_layer`, with what the adapter has for them."""
         self.decoder, self.lora, self.store = decoder, lora, store
         self.n_computed = self.n_found = 0
         facts = (VERSION, store.base_sha256, lora.first_layer, str(decoder.place.dtype), lora.digest_below())

@@ -39,7 +39,8 @@ from .weights import placement, threads_beside_the_assistant
 EVERY = 4  # steps comes the anchor, and weighs as much more then
 LONGER = 1.5  # times the steps, of a small night that has its rows in other words too
 NAMED = 5  # rows at most, in an error
-AHEAD = 4  # steps, whose rows go through the layers that are not trained together
+AHEAD = 4  # steps, whose rows go through the frozen layers together
+KEPT = ("first_layer", "upper_layer", "freeze_step", "micro_tokens", "seconds")  # of a plan, by who goes on from a checkpoint
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps, loss in nats)
 
@@ -149,6 +150,7 @@ class _Run:
         most = threads_beside_the_assistant()
         torch.set_num_threads(min(limits.threads or most, most))
         torch.manual_seed(settings.seed)
+        settings = replace(settings, freeze_at=1.0) if night.start else settings  # earlier nights would be forgotten
         self.settings, self.limits, self.night, self.report = settings, limits, night, TrainReport()
         self.names: dict[int, str] = {}  # of rows, by their id
         self.new, self.replay = self._usable("new", new), self._usable("replay", replay)
@@ -178,23 +180,18 @@ class _Run:
         self.decoder = Decoder(gguf, self.place, plan.n_resident, plan.resident_head)
         self.decoder.checkpointing = plan.checkpointing
         self.sample = Sample(self.decoder.weights, self.new) if night.samples else None
-
-        def lora(first_layer: int) -> Lora:
-            r, alpha, seed = settings.r, settings.lora_alpha, settings.seed
-            return Lora(gguf, shape, r, alpha, seed, self.place, first_layer, self.night.in_blocks)
-
-        self.plan = self._in_time(plan, lora, bool(texts), found)
-        self.lora = lora(self.plan.first_layer)
+        self.lora = Lora(gguf, shape, settings.r, settings.lora_alpha, settings.seed, self.place, night.in_blocks)
+        self.plan = self._in_time(plan, bool(texts), found)
         if night.start is not None:
             self.lora.warm_start(night.start)
-        self.latents = Latents(self.decoder, self.lora, night.store) if night.store and self.plan.first_layer else None
-        self.anchors = anchors(self.decoder, texts, None if self.lora.digest_below() else self.latents, night.store)
+        self.anchors = anchors(self.decoder, texts, night.store)
         self.optimizer = AdamW(self.lora.flat, settings.weight_decay, settings.max_grad_norm)
         self.averaged = self.lora.flat.detach().clone() if settings.ema_decay else None
         self.best: tuple[float, torch.Tensor] | None = None
         self.spent_s = 0.0  # before a checkpoint was gone on from
         if found:
             self._go_on_from(*found)
+        self._freeze(self.report.steps)
         report = self.report
         report.dtype = str(self.place.dtype).removeprefix("torch.")
         report.plan, report.predicted_s = f"{self.plan}{restarted}", self.plan.seconds
@@ -224,20 +221,19 @@ class _Run:
         passes += [[asked_otherwise(row, self.limits.n_ctx, rng) for row in self.new] for _ in range(settings.epochs, n_epochs)]
         return night_batches(passes, self.replay, settings.batch_rows, settings.replay_rows, rng)
 
-    def _in_time(self, plan: Plan, lora: Callable[[int], Lora], has_anchor: bool, found: Checkpoint | None) -> Plan:
+    def _in_time(self, plan: Plan, has_anchor: bool, found: Checkpoint | None) -> Plan:
         """Return the plan with its depth and time; a run that is gone on from keeps its depth and the parts of its steps."""
         if found:
-            kept = {name: found[1][name] for name in ("first_layer", "micro_tokens", "seconds")}
-            return replace(plan, **kept)
+            return replace(plan, **{name: found[1][name] for name in KEPT})
         if not self.batches:
             return plan
         by_size = sorted(self.batches, key=lambda batch: sum(len(row.ids) for row in batch))
         text = self.night.anchor[0][::EVERY] if has_anchor else None
         typical = Typical(by_size[len(by_size) // 2], text, self.sample)
-        n_rows, n_distinct = sum(map(len, self.batches)), len({id(row) for batch in self.batches for row in batch})
-        share_first = n_distinct / n_rows if self.night.store else 1.0
-        n_first, limit_s = math.ceil(share_first * len(self.batches)), 60 * self.limits.minutes
-        return plan_time(plan, self.decoder, lora, self.settings.depth, limit_s, typical, len(self.batches), n_first)
+        last = [id(row) for batch in self.batches[plan.freeze_step :] for row in batch]
+        share_first = len(set(last)) / max(1, len(last)) if self.night.store else 1.0
+        limit_s, n_steps = 60 * self.limits.minutes, len(self.batches)
+        return plan_time(plan, self.decoder, self.lora, self.settings.depth, limit_s, typical, n_steps, share_first)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -272,8 +268,8 @@ class _Run:
         optimizer, report, plan = self.optimizer, self.report, self.plan
         tensors = {"flat": optimizer.flat.detach(), "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
         progress: dict[str, Any] = {name: getattr(report, name) for name in ("steps", "tokens", "losses", "heldout")}
-        progress |= {"train_s": train_s, "first_layer": plan.first_layer, "micro_tokens": plan.micro_tokens}
-        progress |= {"seconds": plan.seconds, "met": self.rehearsal.met, "lost": self.rehearsal.lost}
+        progress |= {name: getattr(plan, name) for name in KEPT}
+        progress |= {"train_s": train_s, "met": self.rehearsal.met, "lost": self.rehearsal.lost}
         if self.averaged is not None:
             tensors["averaged"] = self.averaged
         if self.best is not None:
@@ -315,9 +311,12 @@ class _Run:
         held = self.anchors[turn % len(self.anchors)] if self.anchors and not rest else None
         if step == self.evenly_until:
             self.rehearsal.deal_again(self.batches, step, settings.seed)
+        if step and step == self.plan.freeze_step:
+            self._freeze(step)
         rows = self.batches[step]
-        if step % AHEAD == 0 or step in (self.report.resumed_at, self.evenly_until):
-            self._look_ahead(step - step % AHEAD)
+        if step % AHEAD == 0 or step in (self.report.resumed_at, self.evenly_until, self.plan.freeze_step):
+            since = self.plan.freeze_step if step >= self.plan.freeze_step else 0
+            self._look_ahead(max(step - step % AHEAD, since))
         weight = settings.anchor_weight * EVERY
         if self.sample:
             self.sample.turn = step
@@ -336,20 +335,28 @@ class _Run:
                 f"(rows: {', '.join(names[:NAMED])}{more}); lower train.learning_rate, which is {settings.learning_rate}, "
                 "or remove the row that causes it (`edgecl forget ID`)"
             )
-        self.optimizer.step(learning_rate(settings, step, len(self.batches)))
+        self.optimizer.step(learning_rate(settings, step, len(self.batches)), self.lora.trained)
         if self.averaged is not None:
             decay = min(settings.ema_decay, (1 + step) / (10 + step))  # the first steps are no average yet
             self.averaged.lerp_(self.lora.flat.detach(), 1 - decay)
         self.lora.refresh()
         return value
 
+    def _freeze(self, step: int) -> None:
+        """Train only the layers that are trained from a step on; what the others make of a row is computed once."""
+        first = self.plan.first_layer if step < self.plan.freeze_step else self.plan.upper_layer
+        self.lora.freeze_below(first)
+        self.latents = Latents(self.decoder, self.lora, self.night.store) if self.night.store and first else None
+        self._have_states([TrainRow(held.ids, [False] * len(held.ids)) for held in self.anchors])
+
     def _look_ahead(self, step: int) -> None:
         """Have the states of the next steps' rows computed, in products of more rows than a step has."""
-        if self.latents is None:
-            return
-        rows = [row for batch in self.batches[step : step + AHEAD] for row in batch]
-        for part in micro_batches(rows, (AHEAD - 1) * self.plan.micro_tokens):
-            self.latents.states([row.ids for row in part])
+        self._have_states([row for batch in self.batches[step : step - step % AHEAD + AHEAD] for row in batch])
+
+    def _have_states(self, rows: Sequence[TrainRow]) -> None:
+        if self.latents is not None:
+            for part in micro_batches(rows, (AHEAD - 1) * self.plan.micro_tokens):
+                self.latents.states([row.ids for row in part])
 
     def _measure_heldout(self) -> None:
         """Measure the held-out rows where it is time to, with the average where there is one."""

@@ -17,7 +17,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from edgecl_convert import Adapter, AdapterError, GgufFile
@@ -81,8 +80,8 @@ class Lora:
     """The adapter of a model.
 
     Attributes:
-        flat: every trained number; its gradient is `flat.grad`.
-        first_layer: the lowest layer that is trained; those below keep what a warm start brought.
+        flat: every number; its gradient is `flat.grad`.
+        first_layer: the lowest layer that is trained; those below are frozen.
         in_blocks: names of weights whose A is the same over each block of columns.
     """
 
@@ -92,17 +91,18 @@ class Lora:
     lora_alpha: float
     seed: int
     place: Placement
-    first_layer: int = 0
     in_blocks: Collection[str] = ()
+    first_layer: int = field(default=0, init=False)
     flat: nn.Parameter = field(init=False)
     groups: dict[tuple[int, str], LoraGroup] = field(init=False)
 
     def __post_init__(self) -> None:
         """Draw lora_A as peft draws it (Kaiming uniform, a = sqrt 5); lora_B is zero, so nothing changes at first."""
         self._places: dict[str, _Place] = {}
-        self._below: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._begins: list[int] = []  # where the factors of each layer begin in `flat`
         at = 0
-        for layer in range(self.first_layer, self.shape.n_layer):
+        for layer in range(self.shape.n_layer):
+            self._begins.append(at)
             for group, projections in GROUPS.items():
                 at = self._lay_out(layer, projections, self.shape.columns(group), at)
         self.flat = nn.Parameter(torch.zeros(at, device=self.place.device))
@@ -117,11 +117,7 @@ class Lora:
         for name in self._tied:
             blocks = _blocks(self.a(name))
             blocks.copy_(blocks[..., :1].clone())
-        self.groups = {
-            (layer, group): self._group(layer, group)
-            for layer in range(self.first_layer, self.shape.n_layer)
-            for group in GROUPS
-        }
+        self.groups = {(layer, group): self._group(layer, group) for layer in range(self.shape.n_layer) for group in GROUPS}
         self.refresh()
 
     @property
@@ -131,7 +127,7 @@ class Lora:
 
     @property
     def names(self) -> list[str]:
-        """GGUF names of the weights that are updated."""
+        """GGUF names of the weights that it is for."""
         return list(self._places)
 
     def a(self, name: str) -> torch.Tensor:
@@ -163,6 +159,17 @@ class Lora:
         for group in self.groups.values():
             group.refresh()
 
+    @property
+    def trained(self) -> slice:
+        """Which numbers of `flat` are trained."""
+        return slice(self._begins[self.first_layer], None)
+
+    def freeze_below(self, layer: int) -> None:
+        """Keep the layers below one as they are; those that change nothing are not computed any more."""
+        self.first_layer = layer
+        for key in [key for key, group in self.groups.items() if key[0] < layer and not any(b.any() for b in group.blocks)]:
+            del self.groups[key]
+
     def warm_start(self, adapter: Adapter) -> None:
         """Go on from an adapter, whose layers may have a smaller rank; layers that it does not have stay new.
 
@@ -177,34 +184,27 @@ class Lora:
                 raise AdapterError(f"adapter has r {len(a)}, train.r is {self.r}; set train.r to at least {len(a)}")
             rows = torch.from_numpy(np.ascontiguousarray(from_gguf_rows(b, self._n_permuted(name))))
             rows = rows * (adapter.scaling(name) / self.scaling)
-            if name not in self._places:
-                n_new = self.r - len(a)  # the scaling is that of r
-                self._below[name] = (F.pad(torch.from_numpy(np.array(a)), (0, 0, 0, n_new)), F.pad(rows, (0, n_new)))
-                continue
             with torch.no_grad():
                 self.a(name)[: len(a)] = torch.from_numpy(np.ascontiguousarray(a))
                 self.b(name)[:, : len(a)] = rows
                 self.b(name)[:, len(a) :] = 0.0
             if by_block(a) is None:  # of nights that were not merged into minimums: it goes on as it is
                 self._tied.discard(name)
-        self._freeze_below()
         self.refresh()
 
     def digest_below(self) -> str:
-        """Return a digest of what a warm start brought for layers that are not trained, "" where it brought nothing."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(self._below):
-            digest.update(name.encode())
-            for factor in self._below[name]:
-                digest.update(factor.contiguous().numpy().tobytes())
-        return digest.hexdigest() if self._below else ""
+        """Return a digest of what frozen layers have, "" where they change nothing."""
+        if not any(layer < self.first_layer for layer, _ in self.groups):
+            return ""
+        below = self.flat.detach()[: self.trained.start].cpu()
+        return hashlib.blake2b(below.numpy().tobytes(), digest_size=16).hexdigest()
 
     def adapter(self) -> Adapter:
-        """Return the adapter in GGUF's layout."""
+        """Return the adapter in GGUF's layout, without weights of frozen layers that it does not change."""
         adapter = Adapter(self.gguf.architecture, self.lora_alpha)
-        pairs = self._below | {name: (self.a(name), self.b(name)) for name in self._places}
-        for name in (name for name in self.gguf.tensors if name in pairs):
-            a, b = (factor.cpu().numpy().copy() for factor in pairs[name])
+        changed = [name for name in self._places if self._places[name].a.start >= self.trained.start or self.b(name).any()]
+        for name in (name for name in self.gguf.tensors if name in changed):
+            a, b = (factor.cpu().numpy().copy() for factor in (self.a(name), self.b(name)))
             if name in self._tied:  # steps may have left last bits apart
                 a = a[:, ::MINIMUM_BLOCK].repeat(MINIMUM_BLOCK, 1)
             adapter.pairs[name] = (a, np.ascontiguousarray(to_gguf_rows(b, self._n_permuted(name))))
@@ -241,22 +241,6 @@ class Lora:
             grad[stacked].view(-1, n_in),
             [grad[place.b].view(place.b_shape) for place in places],
         )
-
-    def _freeze_below(self) -> None:
-        """Make groups, without gradients, of what a warm start brought for layers that are not trained."""
-        for layer in range(self.first_layer):
-            for group, projections in GROUPS.items():
-                names = [f"blk.{layer}.{projection}.weight" for projection in projections]
-                if not any(name in self._below for name in names):
-                    continue
-                n_in, dtype = self.shape.columns(group), self.place
-                pairs = [
-                    self._below.get(name, (torch.zeros(self.r, n_in), torch.zeros(self.shape.rows(p), self.r)))
-                    for name, p in zip(names, projections, strict=True)
-                ]
-                a = torch.cat([pair[0] for pair in pairs]).to(dtype.device, dtype.dtype)
-                b = torch.block_diag(*(pair[1] for pair in pairs)).to(dtype.device, dtype.dtype)
-                self.groups[layer, group] = LoraGroup(self.scaling, a, b, [], torch.empty(0), [])
 
 
 def _blocks(a: torch.Tensor) -> torch.Tensor:

@@ -41,21 +41,15 @@ class Anchor:
     entropy: float
 
 
-def anchors(
-    decoder: Decoder, texts: Sequence[list[int]], latents: Latents | None = None, store: LatentStore | None = None
-) -> list[Anchor]:
-    """Return what the base predicts on texts: what `store` has of it, else computed and kept there.
-
-    Args:
-        latents: the base's, without anything of an adapter.
-    """
+def anchors(decoder: Decoder, texts: Sequence[list[int]], store: LatentStore | None = None) -> list[Anchor]:
+    """Return what the base predicts on texts: what `store` has of it, else computed and kept there."""
     facts = ("anchor", VERSION, store.base_sha256 if store else "", str(decoder.place.dtype))
     keys = [hashlib.blake2b(repr((facts, list(ids))).encode(), digest_size=16).digest() for ids in texts]
     found = {key: states for key in keys if store and (states := store.get(key)) is not None}
     missing = [(key, ids) for key, ids in zip(keys, texts, strict=True) if key not in found]
     for first in range(0, len(missing), ANCHORS_AT_ONCE):
         part = missing[first : first + ANCHORS_AT_ONCE]
-        entries = _expected(decoder, [ids for _, ids in part], latents)
+        entries = _expected(decoder, [ids for _, ids in part])
         fresh = [(key, entry) for (key, _), entry in zip(part, entries, strict=True)]
         found |= fresh
         if store:
@@ -68,11 +62,11 @@ def anchors(
 
 
 @torch.no_grad()
-def _expected(decoder: Decoder, texts: Sequence[list[int]], latents: Latents | None) -> list[bytes]:
+def _expected(decoder: Decoder, texts: Sequence[list[int]]) -> list[bytes]:
     """Return, for each text, the mean entropy and then the expected row of the head after each token, as float32."""
     sizes = [len(ids) for ids in texts]
     wanted = [(i, t) for i, n in enumerate(sizes) for t in range(n)]
-    hidden = hidden_states(decoder, None, texts, wanted, latents)
+    hidden = hidden_states(decoder, None, texts, wanted)
     total, expected = log_sum(hidden, torch.full((len(hidden),), NO_TOKEN, device=hidden.device), decoder.weights)
     entropy = total - (hidden * expected).sum(-1)
     parts = zip(entropy.split(sizes), expected.split(sizes), strict=True)

@@ -30,13 +30,14 @@ class AdamW:
         return norm
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Take one step, and begin a new gradient in the same place: products add to views of it."""
+    def step(self, learning_rate: float, trained: slice) -> None:
+        """Take one step with a part of the numbers, and begin a new gradient in the same place: products add to views of it."""
         grad = self.flat.grad
         assert grad is not None
         self.n_steps += 1
+        flat, grads, exp_avg, exp_avg_sq = ([part[trained]] for part in (self.flat, grad, self.exp_avg, self.exp_avg_sq))
         torch._fused_adamw_(
-            [self.flat], [grad], [self.exp_avg], [self.exp_avg_sq], [], [self.n_steps],
+            flat, grads, exp_avg, exp_avg_sq, [], [self.n_steps],
             lr=learning_rate, beta1=BETA1, beta2=BETA2, weight_decay=self.weight_decay, eps=EPS, amsgrad=False, maximize=False,
         )  # fmt: skip
         grad.zero_()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from .lora import Lora
 from .packing import count_tokens, extent, micro_batches, pack
 from .weights import HEAD_PART, Placement
 
+UPPER = 0.5  # of the layers, those that are not frozen
 DEPTHS = (0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
 # what kernels keep, measured over nights of 300 rows without and with an anchor, which rides along in some steps and so
 # doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
@@ -57,6 +59,7 @@ class Plan:
 
     Attributes:
         first_layer: the lowest layer that is trained; first_wanted: that would be if there were time.
+        upper_layer: the lowest that is trained from step `freeze_step` on.
         n_resident: so many layers, those nearest the head, stay decoded; resident_head: and whether the head does.
         checkpointing: whether a layer keeps only its input and is computed again in the backward pass.
         micro_tokens: different ones, of the parts that a step is split into.
@@ -66,6 +69,8 @@ class Plan:
 
     first_layer: int
     first_wanted: int
+    upper_layer: int
+    freeze_step: int
     n_layer: int
     n_resident: int
     resident_head: bool
@@ -86,9 +91,11 @@ class Plan:
         packed = f"weights of {n_packed} layers packed" if n_packed else "head packed"
         weights = "weights resident" if self.is_resident else packed if self.n_resident else "weights packed"
         short = " for lack of time" if self.first_layer > self.first_wanted else ""
+        upper = f", the upper {self.n_layer - self.upper_layer} from step {self.freeze_step + 1} on"
+        upper *= self.upper_layer > self.first_layer
         slower = ", layers computed twice" * self.checkpointing + ", few kernels kept" * self.few_kernels
         return (
-            f"{self.n_layer - self.first_layer} of {self.n_layer} layers{short}, {weights}, "
+            f"{self.n_layer - self.first_layer} of {self.n_layer} layers{short}{upper}, {weights}, "
             f"parts of {self.micro_tokens} tokens{slower}: {self.seconds:.0f} s, {self.peak_rss_bytes / 1e6:.0f} MB"
         )
 
@@ -127,6 +134,9 @@ def plan_memory(
     seen = max(sum(n * width * (width + n_shared) for n, width in lines) for _, n_shared, lines in extents)
     n_answers = max((sum(row.n_predicted for row in rows) for rows in batches), default=1)
     first, room = first_trained(shape, settings.depth), int(ram_bytes * share * (1 - SPARE))
+    freeze_step, upper = math.ceil(settings.freeze_at * len(batches)), max(first, first_trained(shape, UPPER))
+    if upper == first or freeze_step == len(batches):
+        upper, freeze_step = first, 0
     plans: list[tuple[float, Plan]] = []
     least = 0
     micros = {parts: max(min(MICRO_TOKENS, different) // parts, longest) for parts in (1, 2, 4, 8)}
@@ -148,7 +158,7 @@ def plan_memory(
                 continue
             n, head = resident_part(shape, place.dtype.itemsize, first, room - fixed)
             held = place.dtype.itemsize * (n * shape.layer_weights + head * shape.n_vocab * shape.width)
-            plan = Plan(first, first, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
+            plan = Plan(first, first, upper, freeze_step, shape.n_layer, n, head, checkpointing, micro, few, fixed + held)
             plans.append((_cost(shape, plan, steps[parts], DECODING_TOKENS[place.dtype], compiling if few else 0), plan))
     if not plans:
         wanted = int(least / share / (1 - SPARE)) + 1
@@ -210,11 +220,14 @@ class Sizes(NamedTuple):
 
 
 def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, sizes: Sizes, checkpointing: bool) -> int:
-    """Return what training holds beside resident weights and kernels: adapter, activations, scratch, the head's parts."""
+    """Return what training of the layers from one on holds beside resident weights and kernels.
+
+    That is the adapter, activations, scratch, and the head's parts.
+    """
     e, d, n_tokens = place.dtype.itemsize, shape.head_dim, sizes.n_tokens
     n_trained = shape.n_layer - first_layer
     n_adapter = (
-        n_trained * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
+        shape.n_layer * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
     )
     attention = sizes.n_slots * (shape.n_head + 2 * shape.n_kv) * d + sizes.n_pairs * shape.n_head
     of_a_layer = e * (n_tokens * (4 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention)
@@ -239,22 +252,21 @@ class Typical:
 def plan_time(
     plan: Plan,
     decoder: Decoder,
-    new_lora: Callable[[int], Lora],
+    lora: Lora,
     depth: float,
     limit_s: float,
     typical: Typical,
     n_steps: int,
-    n_first: int,
+    share_first: float,
 ) -> Plan:
     """Return the plan with its time, and with fewer layers than `depth` where those would take longer than `limit_s`.
 
     Args:
-        new_lora: makes an adapter from a layer on.
-        n_first: steps in which rows are met for the first time, and go through the layers below the first trained one.
+        lora: an adapter without gradients, as it is again afterwards.
+        share_first: of the rows of steps, those that are met for the first time and go through frozen layers.
     """
     probed = min(PROBED_LAYERS, plan.n_layer)
     top = plan.n_layer - probed  # resident if any layer is
-    lora = new_lora(top)
     parts = []
     for i, part in enumerate(micro_batches(typical.rows, plan.micro_tokens)):
         text = [typical.text] if typical.text and not i else []
@@ -283,11 +295,18 @@ def plan_time(
     through = _seconds(partial(go_through, 0)) / probed
     through_top = through if plan.is_resident else _seconds(partial(go_through, top)) / probed
     decoding = max(0.0, through - through_top) * (3 if plan.checkpointing else 2)
-    for first in [plan.first_layer, *(first_trained(decoder.shape, d) for d in DEPTHS if d < depth)]:
-        n_trained = plan.n_layer - first
+    assert lora.flat.grad is not None
+    lora.flat.grad.zero_()
+
+    def of_a_step(n_trained: int) -> float:
         n_packed = max(0, n_trained - plan.n_resident) if plan.n_resident else 0  # else `trained` has it already
-        seconds = n_steps * (head + n_trained * trained + n_packed * decoding) + n_first * first * through
-        plan = replace(plan, first_layer=first, seconds=seconds)
+        return head + n_trained * trained + n_packed * decoding
+
+    for first in [plan.first_layer, *(first_trained(decoder.shape, d) for d in DEPTHS if d < depth)]:
+        upper = max(first, plan.upper_layer)
+        parts_of_night = [(plan.freeze_step, first), (n_steps - plan.freeze_step, upper)]
+        seconds = sum(n * (of_a_step(plan.n_layer - layer) + share_first * layer * through) for n, layer in parts_of_night)
+        plan = replace(plan, first_layer=first, upper_layer=upper, seconds=seconds)
         if seconds <= limit_s:
             break
     return plan
