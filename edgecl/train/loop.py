@@ -355,7 +355,7 @@ class _Run:
 
     def _have_states(self, rows: Sequence[TrainRow]) -> None:
         if self.latents is not None:
-            for part in micro_batches(rows, (AHEAD - 1) * self.plan.micro_tokens):
+            for part in micro_batches(rows, self.plan.micro_tokens):
                 self.latents.states([row.ids for row in part])
 
     def _measure_heldout(self) -> None:
