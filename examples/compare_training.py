@@ -404,7 +404,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     speeds, accuracies = ([row["speed_ratio"] for row in result["front"]], [100 * row["accuracy"] for row in result["front"]])
     right.plot(speeds, accuracies, "o", label="edgecl, by depth")
     for row, *place in zip(result["front"], speeds, accuracies, strict=True):
-        right.annotate(_named(row), place, textcoords="offset points", xytext=(4, 4))
+        right.annotate(_named(row), place, textcoords="offset points", xytext=(-7, -3), ha="right")
     right.plot([1], [100 * result["peer"]["accuracy"]], "s", label=f"Trainer + PEFT, {result['peer']['dtype']}")
     right.set(xlabel="speed of a whole night, times the peer's", ylabel="held-out rows answered, %", title="Speed and accuracy")
     right.legend()

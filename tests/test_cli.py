@@ -123,7 +123,7 @@ def test_the_night_says_how_it_was_planned_and_what_it_took(home: Path) -> None:
     plan = next(line for line in out.splitlines() if line.startswith("plan"))
     survival = next(line for line in out.splitlines() if line.startswith("survival"))
     assert all(f"{what} " in survival for what in ("nats unmerged; int8", "Q4_0", "F16")) and survival.count("of the gain") == 3
-    assert code == 0 and "2 of 2 layers, weights resident" in plan and "took" in plan
+    assert code == 0 and "2 of 2 layers, the upper 1 from step " in plan and "weights resident" in plan and "took" in plan
     assert (home / "runs/latents.db").parent.stat().st_mode & 0o777 == 0o700
     assert not (home / "runs/checkpoint.safetensors").exists()
 

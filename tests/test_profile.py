@@ -172,6 +172,7 @@ def test_settings_are_read_back_as_they_were_written(tmp_path_factory: pytest.Te
         ("base = 'b'\n[train]\nlora_alpha = 0", "train.lora_alpha must be above 0, got 0"),
         ("base = 'b'\n[train]\nseed = -1", "train.seed must be at least 0, got -1"),
         ("base = 'b'\n[train]\ndepth = 0", "train.depth must be above 0 and at most 1, got 0"),
+        ("base = 'b'\n[train]\nfreeze_at = 2", "train.freeze_at must be at most 1, got 2"),
         ("base = 'b'\n[train]\nema_decay = 1", "train.ema_decay must be below 1, got 1"),
         ("base = 'b'\n[train]\nschedule = 'zigzag'", "train.schedule must be one of constant, linear, cosine, oscillating"),
         ("base = 'b'\n[replay]\nshare = 1.1", "replay.share must be from 0 to 1, got 1.1"),
