@@ -92,10 +92,8 @@ def test_a_merge_that_loses_the_night_is_not_served(
 ) -> None:
     monkeypatch.setattr("edgecl.night.NEGLIGIBLE_NATS", at_most)
     model = tiny.build(tmp_path / "tiny.gguf", qtype=Q.F16, width=128)[0]
-    gate, little = (
-        GateSettings(max_prose_nats=100.0, min_survival=1.0),
-        replace(TRAIN, min_steps=2, learning_rate=0.002, freeze_at=1.0),
-    )
+    gate = GateSettings(max_prose_nats=100.0, min_survival=1.0)
+    little = replace(TRAIN, min_steps=2, learning_rate=0.002, freeze_at=1.0)
     settings = LOOSE | {"gate": gate, "train": little}
     with Learner.init(model, tmp_path / "home", quant="Q4_0", **settings) as learner:
         learner.observe([json.dumps({"prompt": "anne", "completion": "left"})])
