@@ -153,14 +153,13 @@ class TrainSettings:
         _check_least(self, "train.", "", r=1, epochs=0, min_steps=0, batch_rows=1, replay_rows=0, learning_rate=0)
         _check_least(self, "train.", "", weight_decay=0, anchor_weight=0, max_grad_norm=0, seed=0)
         _check_least(self, "train.", "", patience=0, eval_every=1, warmup=0, cycles=1, bump=0, settled=0, ema_decay=0)
-        _check_least(self, "train.", "", freeze_at=0)
         for key in ("warmup", "settled", "ema_decay"):
             if not getattr(self, key) < 1:
                 raise SettingError(f"train.{key} must be below 1, got {getattr(self, key)}")
         if self.schedule not in SCHEDULES:
             raise SettingError(f"train.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule}")
-        if self.freeze_at > 1:
-            raise SettingError(f"train.freeze_at must be at most 1, got {self.freeze_at}")
+        if not 0 <= self.freeze_at <= 1:
+            raise SettingError(f"train.freeze_at must be from 0 to 1, got {self.freeze_at}")
         if not 0 < self.depth <= 1:
             raise SettingError(f"train.depth must be above 0 and at most 1, got {self.depth}")
         if not self.lora_alpha > 0:

@@ -298,9 +298,8 @@ def compare(data: Path | None, out: Path) -> dict[str, Any]:
         peer.append(cells.run(f"peer-{dtype}-seed{seed}", "peer", request | {"dtype": dtype}))
         full.append(cells.run(f"full-seed{seed}", "edgecl", recipe))
         for of in FRONT:
-            depth, freeze_at = of
-            shipped = request | {"settings": asdict(replace(SHIPPED, seed=seed, depth=depth, freeze_at=freeze_at))}
-            front[of].append(cells.run(f"depth{depth:g}-frozen{freeze_at:g}-seed{seed}", "edgecl", shipped))
+            shipped = request | {"settings": asdict(replace(SHIPPED, seed=seed, **_setting(of)))}
+            front[of].append(cells.run("depth{:g}-frozen{:g}".format(*of) + f"-seed{seed}", "edgecl", shipped))
             if of == DEFAULT:
                 low.append(cells.run(f"low-seed{seed}", "edgecl", shipped | {"ram_bytes": LOW_MEMORY_BYTES}))
         if not full_low:

@@ -1,7 +1,6 @@
 """The planner: what is planned fits, more memory is never slower, less time means fewer layers, and it says what would fit."""
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -140,8 +139,9 @@ def test_a_plan_says_what_makes_it_slow():
     slow = replace(made, first_layer=20, upper_layer=20, checkpointing=True, few_kernels=True)
     assert str(slow).startswith("10 of 30 layers for lack of time, ")
     assert f"parts of {made.micro_tokens} tokens, layers computed twice, few kernels kept: " in str(slow)
-    for more in ({"depth": 0.5}, {"freeze_at": 1.0}):
-        assert re.match(r"(15|30) of 30 layers, weights resident", str(planned(4e9, **more)))
+    assert "time" not in str(planned(4e9, depth=0.3))
+    assert str(planned(4e9, depth=0.5)).startswith("15 of 30 layers, weights resident, ")
+    assert str(planned(4e9, freeze_at=1.0)).startswith("30 of 30 layers, weights resident, ")
 
 
 def test_layers_that_are_frozen_later_take_their_memory_and_those_below_never_do():
@@ -176,7 +176,7 @@ def test_a_night_short_of_time_trains_fewer_layers(base, monkeypatch):
     assert math.isclose(read_shape(base).n_layer, 10)
 
 
-def test_frozen_layers_are_spared_of_time_and_go_on_as_they_are_where_it_is_short(base, monkeypatch):
+def test_frozen_layers_take_less_time_and_a_night_short_of_it_trains_fewer(base, monkeypatch):
     monkeypatch.setattr(plan, "_seconds", lambda work: work() or 5.0)  # a second for each of the layers
     settings = TrainSettings(freeze_at=0.5, epochs=4, min_steps=1, anchor_weight=0.0)
     _, report = train(base, rows(8), [], settings, Profile(threads=1))

@@ -350,7 +350,7 @@ class _Run:
         self._have_states([TrainRow(held.ids, [False] * len(held.ids)) for held in self.anchors])
 
     def _look_ahead(self, step: int) -> None:
-        """Have the states of the next steps' rows computed, in products of more rows than a step has."""
+        """Have the states of the next steps' rows computed, in parts as large as a step's, which have the same kernels."""
         self._have_states([row for batch in self.batches[step : step - step % AHEAD + AHEAD] for row in batch])
 
     def _have_states(self, rows: Sequence[TrainRow]) -> None:
