@@ -48,6 +48,20 @@ def test_over_all_turns_a_sample_sums_to_the_vocabulary(
     assert (torch.stack(gradients).mean(0) - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize(("n_vocab", "sizes"), [(256, [64] * 4), (96, [48] * 2), (90, [64, 26]), (272, [64] * 4 + [16])])
+def test_parts_of_the_head_are_of_one_size_where_its_rows_allow_it(
+    base: GgufFile, monkeypatch: pytest.MonkeyPatch, n_vocab: int, sizes: list[int]
+) -> None:
+    weights = Decoder(base, CPU32).weights
+    monkeypatch.setattr("edgecl.train.weights.HEAD_PART", 70 * weights.shape.width)
+    monkeypatch.setattr(weights, "shape", replace(weights.shape, n_vocab=n_vocab))
+    monkeypatch.setattr(weights, "_head", torch.arange(n_vocab)[:, None])
+    parts = list(weights.head())
+    assert [len(rows) for _, rows in parts] == sizes
+    assert torch.cat([rows for _, rows in parts]).flatten().tolist() == list(range(n_vocab))
+    assert [first for first, _ in parts] == [int(rows[0]) for _, rows in parts]
+
+
 def test_the_whole_vocabulary_is_what_torch_sums(base: GgufFile) -> None:
     weights = Decoder(base, CPU32).weights
     hidden = torch.randn(3, weights.shape.width, generator=torch.Generator().manual_seed(2)).requires_grad_()

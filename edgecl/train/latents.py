@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .batches import TrainRow
 from .decoder import Decoder
 from .lora import Lora
-from .packing import pack
+from .packing import micro_batches, pack
 
 VERSION = 4  # of what an entry holds: raised when a change of the decoder makes other states of the same row
 MAX_BYTES = 1 << 30
@@ -155,6 +156,11 @@ class Latents:
         if missing:
             found |= self._compute(missing)
         return torch.cat([found[key] for key in keys]).to(self.decoder.place.device)
+
+    def look_ahead(self, batches: Sequence[Sequence[TrainRow]], max_tokens: int) -> None:
+        """Have the states of rows computed that are met next, in parts as large as a step's, which have the same kernels."""
+        for part in micro_batches([row for batch in batches for row in batch], max_tokens):
+            self.states([row.ids for row in part])
 
     @torch.no_grad()
     def _compute(self, missing: dict[bytes, Sequence[int]]) -> dict[bytes, torch.Tensor]:

@@ -29,9 +29,9 @@ from .head import NTH, Sample
 from .latents import Latents, LatentStore
 from .lora import Lora
 from .losses import anchors, answer_loss, backward
+from .memory import forget_kernels, resident_set
 from .optimizer import AdamW
-from .packing import micro_batches
-from .plan import MICRO_TOKENS, Plan, Typical, forget_kernels, plan_memory, plan_time, resident_set
+from .plan import MICRO_TOKENS, Plan, Typical, plan_memory, plan_time
 from .rehearsal import EVENLY, RECIPE, Rehearsal
 from .schedule import learning_rate
 from .weights import placement, threads_beside_the_assistant
@@ -314,9 +314,9 @@ class _Run:
         if step and step == self.plan.freeze_step:
             self._freeze(step)
         rows = self.batches[step]
-        if step % AHEAD == 0 or step in (self.report.resumed_at, self.evenly_until, self.plan.freeze_step):
-            since = self.plan.freeze_step if step >= self.plan.freeze_step else 0
-            self._look_ahead(max(step - step % AHEAD, since))
+        if self.latents and (step % AHEAD == 0 or step in (self.report.resumed_at, self.evenly_until, self.plan.freeze_step)):
+            begin, since = step - step % AHEAD, self.plan.freeze_step if step >= self.plan.freeze_step else 0
+            self.latents.look_ahead(self.batches[max(begin, since) : begin + AHEAD], self.plan.micro_tokens)
         weight = settings.anchor_weight * EVERY
         if self.sample:
             self.sample.turn = step
@@ -347,16 +347,9 @@ class _Run:
         first = self.plan.first_layer if step < self.plan.freeze_step else self.plan.upper_layer
         self.lora.freeze_below(first)
         self.latents = Latents(self.decoder, self.lora, self.night.store) if self.night.store and first else None
-        self._have_states([TrainRow(held.ids, [False] * len(held.ids)) for held in self.anchors])
-
-    def _look_ahead(self, step: int) -> None:
-        """Have the states of the next steps' rows computed, in parts as large as a step's, which have the same kernels."""
-        self._have_states([row for batch in self.batches[step : step - step % AHEAD + AHEAD] for row in batch])
-
-    def _have_states(self, rows: Sequence[TrainRow]) -> None:
-        if self.latents is not None:
-            for part in micro_batches(rows, self.plan.micro_tokens):
-                self.latents.states([row.ids for row in part])
+        if self.latents:
+            texts = [TrainRow(held.ids, [False] * len(held.ids)) for held in self.anchors]
+            self.latents.look_ahead([texts], self.plan.micro_tokens)
 
     def _measure_heldout(self) -> None:
         """Measure the held-out rows where it is time to, with the average where there is one."""

@@ -7,18 +7,14 @@ fewer layers are trained.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from edgecl_convert.ggml import cpu_words
@@ -35,11 +31,10 @@ from .weights import HEAD_PART, Placement
 
 UPPER = 0.5  # of the layers, those that are not frozen
 DEPTHS = (0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
-# what kernels keep, measured over nights of 300 rows without and with an anchor, which rides along in some steps and so
-# doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
+# what kernels keep, and code that training comes back to, measured over nights of 300 rows without and with an anchor, which
+# rides along in some steps and so doubles the shapes of products: for each, oneDNN compiles kernels in bfloat16
 KERNEL_BYTES = {torch.bfloat16: (130_000_000, 220_000_000), torch.float32: (80_000_000, 80_000_000)}
 AMX_KERNEL_BYTES = (185_000_000, 240_000_000)
-FEW_KERNELS = 32  # that oneDNN keeps where memory is short: those of a step, instead of all
 FEW_KERNELS_BYTES = {torch.bfloat16: (110_000_000, 185_000_000), torch.float32: (80_000_000, 80_000_000)}
 # of what a step keeps for its backward pass: the allocator has so much more, in pieces that the next cannot use
 IN_PIECES = 0.25
@@ -322,15 +317,3 @@ def _seconds(work: Callable[[], None]) -> float:
             torch.cuda.synchronize()  # until then it is only begun
         times.append(time.perf_counter() - began)
     return min(times)
-
-
-def forget_kernels() -> None:
-    """Have oneDNN keep FEW_KERNELS; it reads that once, before its first product."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(FEW_KERNELS))
-
-
-def resident_set() -> int:
-    """Return the bytes of memory that this process holds, after it has given back what is free where its libc can do that."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)

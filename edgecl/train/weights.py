@@ -111,7 +111,7 @@ class Weights:
 
     def head(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the head in parts: the first token of a part, and its rows (n, D), good until the next part."""
-        step = max(16, HEAD_PART // self.shape.width // 16 * 16)  # few shapes of products; a multiple of head.NTH
+        step = self._head_step()
         for first in range(0, self.shape.n_vocab, step):
             last = min(first + step, self.shape.n_vocab)
             if self._head is not None:
@@ -121,6 +121,12 @@ class Weights:
                 self._head_scratch = self._empty(step, self.shape.width)
             self._decode([(self._head_name, first, self._head_scratch[: last - first])])
             yield first, self._head_scratch[: last - first]
+
+    def _head_step(self) -> int:
+        """Return the rows of a part: a multiple of head.NTH, and parts of one size if any does: few shapes of products."""
+        most = max(16, HEAD_PART // self.shape.width // 16 * 16)
+        even = (step for step in range(most, most // 2, -16) if self.shape.n_vocab % step == 0)
+        return next(even, most)
 
     def _rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
         info = self.gguf.tensors[name]
