@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -191,9 +191,9 @@ def test_a_run_resumed_where_rows_are_dealt_again_computes_the_same_states_toget
     compute = Latents._compute
 
     def run(name: str, told: Callable[[], bool]) -> Adapter:
-        def noted(latents: Latents, missing: dict[bytes, list[int]]) -> dict[bytes, torch.Tensor]:
-            together[name].append(list(missing))
-            return compute(latents, missing)
+        def noted(latents: Latents, parts: Sequence[dict[bytes, Sequence[int]]]) -> dict[bytes, torch.Tensor]:
+            together[name] += map(list, parts)
+            return compute(latents, parts)
 
         monkeypatch.setattr(Latents, "_compute", noted)
         with LatentStore(tmp_path / f"{name}.db", "base") as store:

@@ -16,7 +16,7 @@ from edgecl.train.decoder import Decoder
 from edgecl.train.latents import OF_FREE, Latents
 from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
-from edgecl.train.weights import Placement
+from edgecl.train.weights import Placement, Weights
 from edgecl_convert import GgufFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +72,21 @@ def test_a_later_night_finds_rows_in_other_company(base, tmp_path):
     assert again.n_computed == 0
     of_row = whole.split([len(row.ids) for row in ROWS])
     assert torch.equal(part, torch.cat([of_row[3], of_row[1]]))
+
+
+def test_looking_ahead_decodes_a_packed_layer_once_for_all_parts_and_computes_a_row_once(base, tmp_path, monkeypatch):
+    decoded: list[int] = []
+    decode = Weights._decode_layer
+    monkeypatch.setattr(Weights, "_decode_layer", lambda self, layer, out: decoded.append(layer) or decode(self, layer, out))
+    with LatentStore(tmp_path / "alone.db", "b") as alone, LatentStore(tmp_path / "ahead.db", "b") as ahead:
+        expected = torch.cat([latents(base, alone, 3).states([row.ids]) for row in ROWS])
+        found = latents(base, ahead, 3)
+        found.decoder.weights = Weights(base, found.decoder.shape, CPU32, n_resident=0)
+        decoded.clear()
+        found.look_ahead([ROWS[:2], [*ROWS[2:], ROWS[0]]], max(len(row.ids) for row in ROWS))
+        assert decoded == [0, 1, 2] and found.n_computed == len(ROWS) and found.n_found == 0
+        torch.testing.assert_close(states(found), expected, rtol=1e-5, atol=1e-5)
+        assert found.n_computed == len(ROWS)
 
 
 def test_another_base_depth_prefix_or_lower_adapter_is_computed_anew(base, tmp_path):
@@ -132,7 +147,7 @@ def test_over_its_limit_it_forgets_what_was_not_used_for_longest(base, tmp_path)
         found = []
         for row in rows:
             cache = latents(base, store)
-            cache.decoder.run = None  # nothing may be computed: what is not there would be an error
+            cache.decoder.layer = None  # nothing may be computed: what is not there would be an error
             try:
                 cache.states([row])
                 found.append(True)

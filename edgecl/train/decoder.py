@@ -12,7 +12,7 @@ from edgecl_convert import GgufFile
 
 from ..shape import read_shape
 from .lora import Lora
-from .ops import Attend, Lines, Project, RmsNorm
+from .ops import Attend, Lines, Norm, Project, RmsNorm
 from .weights import Placement, Weights
 
 
@@ -65,7 +65,7 @@ class Decoder:
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the head multiplies, (T, D)."""
-        out: torch.Tensor = RmsNorm.apply(x, self.weights.output_norm(), self.shape.norm_eps)
+        out: torch.Tensor = RmsNorm.apply(x, Norm(self.weights.output_norm(), self.shape.norm_eps))
         return out
 
     def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None) -> torch.Tensor:
@@ -73,26 +73,29 @@ class Decoder:
         shape = self.shape
         heads = [shape.n_head, shape.n_kv, shape.n_kv]
 
-        def norm(values: torch.Tensor, name: str) -> torch.Tensor:
-            factors = self.weights.norm(layer, name)
-            return values if factors is None else RmsNorm.apply(values, factors, shape.norm_eps)
+        def norm(name: str) -> Norm:
+            return Norm(self.weights.norm(layer, name), shape.norm_eps)
 
-        def project(values: torch.Tensor, group: str, gelu: bool | None = None) -> torch.Tensor:
+        def normed(values: torch.Tensor, name: str) -> torch.Tensor:
+            out: torch.Tensor = RmsNorm.apply(values, norm(name))
+            return out
+
+        def project(values: torch.Tensor, group: str, before: Norm | None = None, gelu: bool | None = None) -> torch.Tensor:
             held = None if lora is None else lora.groups.get((layer, group))
             flat = lora.flat if lora is not None and layer >= lora.first_layer else None  # no graph below the first
-            return Project.apply(values, flat, self.weights, layer, group, held, gelu)
+            return Project.apply(values, flat, self.weights, layer, group, held, before, gelu)
 
         is_near = shape.looks_back_over_a_window(layer)
         turns = where.window_turns if is_near and where.window_turns else where.turns
-        qkv = project(norm(x, "attn_norm"), "qkv").view(len(x), sum(heads), shape.head_dim)
+        qkv = project(x, "qkv", norm("attn_norm")).view(len(x), sum(heads), shape.head_dim)
         if shape.norms_heads:
             q, k, v = qkv.split(heads, 1)
-            qkv = torch.cat([norm(q, "attn_q_norm"), norm(k, "attn_k_norm"), v], 1)
+            qkv = torch.cat([normed(q, "attn_q_norm"), normed(k, "attn_k_norm"), v], 1)
         seen = Attend.apply(qkv, *turns, where.lines, shape.n_kv, is_near, shape.score_scale)
         out = project(seen, "out")
-        x = x + (norm(out, "post_attention_norm") if shape.is_gemma else out)
-        down = project(project(norm(x, "ffn_norm"), "gate_up"), "down", shape.is_gemma)
-        return x + (norm(down, "post_ffw_norm") if shape.is_gemma else down)
+        x = x + (normed(out, "post_attention_norm") if shape.is_gemma else out)
+        down = project(project(x, "gate_up", norm("ffn_norm")), "down", gelu=shape.is_gemma)
+        return x + (normed(down, "post_ffw_norm") if shape.is_gemma else down)
 
     def turns(self, positions: torch.Tensor, theta: float, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines (T, 1, head_dim / 2) of the rotary angles at positions (T,)."""

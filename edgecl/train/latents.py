@@ -145,29 +145,45 @@ class Latents:
 
     def states(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the states (T, D) of rows of token ids, one row after the other."""
-        keys = [self._key(row) for row in rows]
-        found = {key: self._from_bytes(states) for key in keys if (states := self.store.get(key)) is not None}
-        for key, row in zip(keys, rows, strict=True):
-            if key in found and found[key].shape != (len(row), self.decoder.shape.width):
-                del found[key]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in found}
-        self.n_found += len(rows) - len(missing)
-        self.n_computed += len(missing)
+        found, missing = self._find(rows)
         if missing:
-            found |= self._compute(missing)
-        return torch.cat([found[key] for key in keys]).to(self.decoder.place.device)
+            found |= self._compute([missing])
+        return torch.cat([found[self._key(row)] for row in rows]).to(self.decoder.place.device)
 
     def look_ahead(self, batches: Sequence[Sequence[TrainRow]], max_tokens: int) -> None:
-        """Have the states of rows computed that are met next, in parts as large as a step's, which have the same kernels."""
+        """Compute the states of rows that are met next, in parts as large as a step's, which have the same kernels."""
+        parts: list[dict[bytes, Sequence[int]]] = []
+        met: set[bytes] = set()
         for part in micro_batches([row for batch in batches for row in batch], max_tokens):
-            self.states([row.ids for row in part])
+            _, missing = self._find([row.ids for row in part])
+            parts.append({key: row for key, row in missing.items() if key not in met})
+            met |= missing.keys()
+        if met:
+            self._compute([part for part in parts if part])
+
+    def _find(self, rows: Sequence[Sequence[int]]) -> tuple[dict[bytes, torch.Tensor], dict[bytes, Sequence[int]]]:
+        """Return the states of rows that the store has, and the rows of which it has none, both by key."""
+        by_key, found = {self._key(row): row for row in rows}, {}
+        for key, row in by_key.items():
+            states = self.store.get(key)
+            if states is not None and (held := self._from_bytes(states)).shape == (len(row), self.decoder.shape.width):
+                found[key] = held
+        self.n_found += len(found)
+        return found, {key: row for key, row in by_key.items() if key not in found}
 
     @torch.no_grad()
-    def _compute(self, missing: dict[bytes, Sequence[int]]) -> dict[bytes, torch.Tensor]:
-        packed = pack(self.decoder, list(missing.values()))
-        x = self.decoder.run(self.decoder.weights.embed(packed.ids), packed.where, self.lora, 0, self.lora.first_layer).cpu()
-        computed = {key: x[at] for key, at in zip(missing, packed.rows, strict=True)}
-        self.store.put([(key, states.view(torch.uint8).numpy().tobytes()) for key, states in computed.items()])
+    def _compute(self, parts: Sequence[dict[bytes, Sequence[int]]]) -> dict[bytes, torch.Tensor]:
+        """Compute and keep the states of rows by key, layer by layer: a packed one is decoded once for all parts."""
+        packed = [pack(self.decoder, list(part.values())) for part in parts]
+        states = [self.decoder.weights.embed(part.ids) for part in packed]
+        for layer in range(self.lora.first_layer):
+            for i, part in enumerate(packed):
+                states[i] = self.decoder.layer(states[i], layer, part.where, self.lora)
+        computed: dict[bytes, torch.Tensor] = {}
+        for x, part, rows in zip(states, packed, parts, strict=True):
+            computed |= {key: x[at].cpu() for key, at in zip(rows, part.rows, strict=True)}
+        self.n_computed += len(computed)
+        self.store.put([(key, x.view(torch.uint8).numpy().tobytes()) for key, x in computed.items()])
         return computed
 
     def _key(self, row: Sequence[int]) -> bytes:

@@ -33,6 +33,6 @@ def _drop_code(libc: ctypes.CDLL, process: psutil.Process) -> None:
     What is run again comes back from the page cache. Pages that were written to have no other copy: their maps are left alone.
     """
     for found in process.memory_maps(grouped=False):
-        if found.path.startswith("/") and "w" not in found.perms and not found.anonymous:
+        if found.path.startswith("/") and found.perms in ("r-xp", "r--p") and not found.anonymous:
             first, last = (int(address, 16) for address in found.addr.split("-"))
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

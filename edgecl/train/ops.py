@@ -20,6 +20,13 @@ from .weights import Weights
 Context = Any  # torch's, one class for each Function
 
 
+class Norm(NamedTuple):
+    """Of an RMS norm: its factors (D,), float32 and frozen, and what is added to the mean square."""
+
+    factors: torch.Tensor
+    eps: float
+
+
 class Project(torch.autograd.Function):
     """y = x W^T + bias + scaling (x A^T) B^T for all projections of a group at once; W is frozen, A and B get gradients."""
 
@@ -32,17 +39,24 @@ class Project(torch.autograd.Function):
         layer: int,
         group: str,
         lora: LoraGroup | None,
+        norm: Norm | None,
         gelu: bool | None,
     ) -> torch.Tensor:
         """Map (T, in) to (T, out).
 
+        What is mapped in place of x, is computed again in the backward pass: that spares its memory, a third of what a layer
+        would keep.
+
         Args:
             trained: the adapter's parameter: the output then belongs to the graph even where x does not.
             lora: the group's factors, None where it has none.
-            gelu: x is gate and up (T, 2 in), side by side, and active(gate) * up is mapped; computed again in the backward
-                pass, which spares its memory: a quarter of what a layer keeps.
+            norm: x is mapped after this norm.
+            gelu: x is gate and up (T, 2 in), side by side, and active(gate) * up is mapped.
         """
-        kept = x
+        kept, inverse = x, None
+        if norm is not None:
+            inverse = _inverse_rms(x, norm.eps)
+            x = (x * inverse).mul_(norm.factors).to(x.dtype)
         if gelu is not None:
             gate, up = x.chunk(2, -1)
             x = _active(gate, gelu).mul_(up)
@@ -51,17 +65,21 @@ class Project(torch.autograd.Function):
         if lora is not None:
             low = x @ lora.a.T  # (T, k r)
             y.addmm_(low, lora.b.T, alpha=lora.scaling)
-        ctx.save_for_backward(kept, low)
-        ctx.weights, ctx.layer, ctx.group, ctx.lora, ctx.gelu = weights, layer, group, lora, gelu
+        ctx.save_for_backward(kept, low, inverse)
+        ctx.weights, ctx.layer, ctx.group, ctx.lora, ctx.norm, ctx.gelu = weights, layer, group, lora, norm, gelu
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Add the gradients of A and B to their buffers; return that of x."""
-        kept, low = ctx.saved_tensors
+        kept, low, inverse = ctx.saved_tensors
         lora: LoraGroup | None = ctx.lora
-        x, active, dlow = kept, None, None
+        norm: Norm | None = ctx.norm
+        x, unit, active, dlow = kept, None, None, None
+        if norm is not None:
+            unit = kept * inverse  # float32
+            x = (unit * norm.factors).to(kept.dtype)
         if ctx.gelu is not None:
             gate, up = kept.chunk(2, -1)
             active = _active(gate, ctx.gelu)
@@ -76,30 +94,40 @@ class Project(torch.autograd.Function):
                 dx.addmm_(dlow, lora.a, alpha=lora.scaling)
             if active is not None:
                 dx = _gated_backward(kept, active, dx, ctx.gelu)
-        return dx, None, None, None, None, None, None
+            if norm is not None and unit is not None:
+                dx = _norm_backward(unit, inverse, norm.factors, dx)
+        return dx, None, None, None, None, None, None, None
 
 
 class RmsNorm(torch.autograd.Function):
     """y = x / rms(x) * factors over the last dimension, computed in float32; the factors are frozen."""
 
     @staticmethod
-    def forward(ctx: Context, x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Context, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """Norm (T, ..., D)."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, factors, inverse)
-        return (x * inverse).mul_(factors).to(x.dtype)
+        inverse = _inverse_rms(x, norm.eps)
+        ctx.save_for_backward(x, norm.factors, inverse)
+        return (x * inverse).mul_(norm.factors).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
         x, factors, inverse = ctx.saved_tensors
-        unit = x * inverse  # float32
-        g = dy * factors  # (..., D) float32
-        projected = (g * unit).mean(-1, keepdim=True)
-        dx = g.addcmul_(unit, projected, value=-1).mul_(inverse).to(x.dtype)
-        return dx, None, None
+        return _norm_backward(x * inverse, inverse, factors, dy), None
+
+
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return 1 / rms(x) over the last dimension, (..., 1) float32."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _norm_backward(unit: torch.Tensor, inverse: torch.Tensor, factors: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of x from that of its norm; unit is x / rms(x), float32."""
+    g = dy * factors  # (..., D) float32
+    projected = (g * unit).mean(-1, keepdim=True)
+    return g.addcmul_(unit, projected, value=-1).mul_(inverse).to(dy.dtype)
 
 
 def _active(gate: torch.Tensor, is_gelu: bool) -> torch.Tensor:

@@ -225,7 +225,7 @@ def training_bytes(shape: Shape, place: Placement, r: int, first_layer: int, siz
         shape.n_layer * r * sum(shape.columns(group) + shape.rows(name) for group, names in GROUPS.items() for name in names)
     )
     attention = sizes.n_slots * (shape.n_head + 2 * shape.n_kv) * d + sizes.n_pairs * shape.n_head
-    of_a_layer = e * (n_tokens * (4 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention)
+    of_a_layer = e * (n_tokens * (2 * shape.width + shape.n_head * d + 2 * shape.n_ff) + attention)
     pairs = e * sizes.n_pairs * shape.n_head
     at_work = max(e * n_tokens * 7 * shape.n_ff, 2 * pairs)  # of a feed-forward part, or of attention, there and back
     biases = pairs * (2 if shape.window else 1)

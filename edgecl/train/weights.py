@@ -86,9 +86,9 @@ class Weights:
             self._in_scratch = layer
         return self._scratch[group]
 
-    def norm(self, layer: int, name: str) -> torch.Tensor | None:
-        """Return the factors of a norm of a layer, float32, or None where the architecture has none."""
-        return self._small.get(f"blk.{layer}.{name}.weight")
+    def norm(self, layer: int, name: str) -> torch.Tensor:
+        """Return the factors of a norm of a layer, float32."""
+        return self._small[f"blk.{layer}.{name}.weight"]
 
     def output_norm(self) -> torch.Tensor:
         """Return the factors of the last norm, float32."""
