@@ -132,8 +132,8 @@ def test_too_little_memory_says_what_would_fit_and_loses_nothing(home: Path) -> 
     run(home, "observe", "-", stdin=lines(4))
     code, _, error = run(home, "adapt", "--ram", "200000000")
     assert code == 1 and one_line(error, "memory"), error
-    code, _, error = run(home, "adapt", "--ram", "420000000")
-    assert code == 1 and one_line(error, "training needs", "MB of memory at least", "ram_bytes is 420 MB"), error
+    code, _, error = run(home, "adapt", "--ram", "300000000")
+    assert code == 1 and one_line(error, "training needs", "MB of memory at least", "ram_bytes is 300 MB"), error
     assert pending(home) == 4
     assert json.loads(run(home, "history", "--json")[1])["nights"][-1]["accepted"] == 0
 
