@@ -55,8 +55,7 @@ class Project(torch.autograd.Function):
         """
         kept, inverse = x, None
         if norm is not None:
-            inverse = _inverse_rms(x, norm.eps)
-            x = (x * inverse).mul_(norm.factors).to(x.dtype)
+            x, inverse = _normed(x, norm)
         if gelu is not None:
             gate, up = x.chunk(2, -1)
             x = _active(gate, gelu).mul_(up)
@@ -105,9 +104,9 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """Norm (T, ..., D)."""
-        inverse = _inverse_rms(x, norm.eps)
+        y, inverse = _normed(x, norm)
         ctx.save_for_backward(x, norm.factors, inverse)
-        return (x * inverse).mul_(norm.factors).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -117,10 +116,11 @@ class RmsNorm(torch.autograd.Function):
         return _norm_backward(x * inverse, inverse, factors, dy), None
 
 
-def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return 1 / rms(x) over the last dimension, (..., 1) float32."""
+def _normed(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x after a norm over the last dimension, and 1 / rms(x), (..., 1) float32."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    inverse = length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+    return (x * inverse).mul_(norm.factors).to(x.dtype), inverse
 
 
 def _norm_backward(unit: torch.Tensor, inverse: torch.Tensor, factors: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
