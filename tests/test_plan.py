@@ -202,7 +202,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_any_more_is_left_for_a_new_start(ba
         except EdgeclError:
             return 0
 
-    least = next(ram for ram in range(400_000_000, 900_000_000, 500_000) if parts(ram))
+    least = next(ram for ram in range(300_000_000, 900_000_000, 500_000) if parts(ram))
     assert 0 < parts(least) < parts(900_000_000) == 768
     steps = {}
     for ram_bytes in (900_000_000, least):

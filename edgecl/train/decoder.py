@@ -15,6 +15,8 @@ from .lora import Lora
 from .ops import Attend, Lines, Norm, Project, RmsNorm
 from .weights import Placement, Weights
 
+OUT_MULTIPLE = 64  # of tokens that leave the last layer: kernels for each other number would take 30 MB
+
 
 @dataclass(frozen=True)
 class Sequenced:
@@ -54,22 +56,29 @@ class Decoder:
         lora: Lora | None,
         first: int = 0,
         last: int | None = None,
+        n_wanted: int | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`."""
-        for layer in range(first, self.shape.n_layer if last is None else last):
+        """Return the hidden states (T, D) after layers first ... last - 1, for those that enter layer `first`.
+
+        Args:
+            n_wanted: of so many tokens in front only; the others are spared what the last layer does after attention.
+        """
+        last = self.shape.n_layer if last is None else last
+        for layer in range(first, last):
+            n_out = n_wanted if layer == last - 1 else None
             if self.checkpointing and lora is not None and torch.is_grad_enabled() and layer >= lora.first_layer:
-                x = _Recomputed.apply(x, lora.flat, self, layer, where, lora)
+                x = _Recomputed.apply(x, lora.flat, self, layer, where, lora, n_out)
             else:
-                x = self.layer(x, layer, where, lora)
-        return x
+                x = self.layer(x, layer, where, lora, n_out)
+        return x[:n_wanted]
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the head multiplies, (T, D)."""
         out: torch.Tensor = RmsNorm.apply(x, Norm(self.weights.output_norm(), self.shape.norm_eps))
         return out
 
-    def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None) -> torch.Tensor:
-        """Return the hidden states (T, D) after one layer."""
+    def layer(self, x: torch.Tensor, layer: int, where: Sequenced, lora: Lora | None, n_out: int | None = None) -> torch.Tensor:
+        """Return the hidden states (T, D) after one layer; with `n_out`, of at least so many tokens in front."""
         shape = self.shape
         heads = [shape.n_head, shape.n_kv, shape.n_kv]
 
@@ -92,6 +101,9 @@ class Decoder:
             q, k, v = qkv.split(heads, 1)
             qkv = torch.cat([normed(q, "attn_q_norm"), normed(k, "attn_k_norm"), v], 1)
         seen = Attend.apply(qkv, *turns, where.lines, shape.n_kv, is_near, shape.score_scale)
+        if n_out is not None:
+            n_out += -n_out % OUT_MULTIPLE
+            seen, x = seen[:n_out], x[:n_out]
         out = project(seen, "out")
         x = x + (normed(out, "post_attention_norm") if shape.is_gemma else out)
         down = project(project(x, "gate_up", norm("ffn_norm")), "down", gelu=shape.is_gemma)
@@ -119,11 +131,12 @@ class _Recomputed(torch.autograd.Function):
         layer: int,
         where: Sequenced,
         lora: Lora,
+        n_out: int | None,
     ) -> torch.Tensor:
         """Return the layer's output."""
         ctx.save_for_backward(x)
-        ctx.again = (decoder, layer, where, lora)
-        return decoder.layer(x, layer, where, lora)
+        ctx.again = (decoder, layer, where, lora, n_out)
+        return decoder.layer(x, layer, where, lora, n_out)
 
     @staticmethod
     @once_differentiable
@@ -133,5 +146,5 @@ class _Recomputed(torch.autograd.Function):
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
             y = decoder.layer(x, *rest)
-        torch.autograd.backward(y, dy)
-        return x.grad, None, None, None, None, None
+            (y * dy).sum().backward()  # given a gradient, torch would load sympy: 36 MB
+        return x.grad, None, None, None, None, None, None

@@ -30,4 +30,4 @@ def hidden_states(
     else:
         x, first = latents.states(rows), latents.lora.first_layer
         x = x.index_select(0, torch.tensor(packed.order, device=x.device))
-    return decoder.norm(decoder.run(x, packed.where, lora, first)[: len(wanted)])
+    return decoder.norm(decoder.run(x, packed.where, lora, first, n_wanted=len(wanted)))

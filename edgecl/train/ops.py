@@ -77,7 +77,7 @@ class Project(torch.autograd.Function):
         norm: Norm | None = ctx.norm
         x, unit, active, dlow = kept, None, None, None
         if norm is not None:
-            unit = kept * inverse  # float32
+            unit = _wide(kept).mul_(inverse)
             x = (unit * norm.factors).to(kept.dtype)
         if ctx.gelu is not None:
             gate, up = kept.chunk(2, -1)
@@ -113,19 +113,24 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
         x, factors, inverse = ctx.saved_tensors
-        return _norm_backward(x * inverse, inverse, factors, dy), None
+        return _norm_backward(_wide(x).mul_(inverse), inverse, factors, dy), None
 
 
 def _normed(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x after a norm over the last dimension, and 1 / rms(x), (..., 1) float32."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    inverse = length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
-    return (x * inverse).mul_(norm.factors).to(x.dtype), inverse
+    wide = _wide(x)
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+    return wide.mul_(inverse).mul_(norm.factors).to(x.dtype), inverse
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return a copy of x in float32: changing that in place is faster than operations whose operands differ in type."""
+    return x.to(torch.float32, copy=True)
 
 
 def _norm_backward(unit: torch.Tensor, inverse: torch.Tensor, factors: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     """Return the gradient of x from that of its norm; unit is x / rms(x), float32."""
-    g = dy * factors  # (..., D) float32
+    g = _wide(dy).mul_(factors)  # (..., D)
     projected = (g * unit).mean(-1, keepdim=True)
     return g.addcmul_(unit, projected, value=-1).mul_(inverse).to(dy.dtype)
 

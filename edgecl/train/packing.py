@@ -4,7 +4,7 @@ A night's rows are a few dozen tokens each, and many begin alike: the template's
 question's first words. What several rows begin with stands once, as a tree; what each goes on with follows. The products of a
 layer then have as many rows as there are different tokens, which is what a CPU needs, and a few more: oneDNN compiles and keeps
 kernels for every shape that it meets (1 ms and 0.35 MB each, with AMX 1.5 ms and 0.85 MB), so the sequence is filled up to a
-multiple of 16. To attend, rows of about the same length are laid side by side, all of the tree before each, of which a row
+multiple of 32. To attend, rows of about the same length are laid side by side, all of the tree before each, of which a row
 sees its own path.
 
 Tokens at which something is predicted stand in front, whatever their row: the others are spared the head.
@@ -25,7 +25,8 @@ from .batches import TrainRow, predicted
 from .decoder import Decoder, Sequenced
 from .ops import Bucket, Lines
 
-MULTIPLE = 16  # of tokens in a sequence, of those in a tree, and of slots in a line
+MULTIPLE = 32  # of tokens in a sequence, and of those that are predicted
+SLOTS = 16  # a multiple of so many are the slots of a line, and those that the tree has in front of them
 SHORT = 64  # rows up to this length share lines
 LEAST = 3  # rows that begin alike have that in common; two, where there are no more
 _SHARED = -1  # the row of a token of the tree
@@ -112,7 +113,7 @@ def pack(decoder: Decoder, rows: Sequence[Sequence[int]], wanted: Sequence[tuple
     pieces.append((_FILL, [here for here, place in enumerate(places) if place is None]))
 
     positions = torch.tensor([0 if place is None else place[1] for place in places])
-    sees = np.zeros((len(places), len(shared) + -len(shared) % MULTIPLE), bool)
+    sees = np.zeros((len(places), len(shared) + -len(shared) % SLOTS), bool)
     for at, path in zip(where, paths, strict=True):
         for n, here in enumerate(at[: len(path)], 1):
             sees[here, path[:n]] = True
@@ -221,7 +222,7 @@ def _in_lines(pieces: Sequence[Piece]) -> list[tuple[int, list[list[Piece]]]]:
         by_size.setdefault(max(SHORT, 1 << (len(piece[1]) - 1).bit_length()), []).append(piece)
     out = []
     for alike in by_size.values():
-        width = -(-len(alike[0][1]) // MULTIPLE) * MULTIPLE
+        width = -(-len(alike[0][1]) // SLOTS) * SLOTS
         lines: list[list[Piece]] = []
         for piece in alike:
             for line in lines:
