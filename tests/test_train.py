@@ -17,11 +17,11 @@ from tiny import N_VOCAB, STD, WINDOW, Tiny, build, random_adapter, random_token
 from edgecl.errors import Diverged, NotNow
 from edgecl.profile import Profile, TrainSettings
 from edgecl.train import Night, TrainRow, loop, train, weights
-from edgecl.train.decoder import Decoder
+from edgecl.train.decoder import OUT_MULTIPLE, Decoder
 from edgecl.train.lora import Lora
 from edgecl.train.losses import anchors, losses
 from edgecl.train.optimizer import AdamW
-from edgecl.train.packing import tree
+from edgecl.train.packing import pack, tree
 from edgecl.train.weights import Placement, placement
 from edgecl_convert import GgufFile, UnsupportedError, in_minimums, merge
 from edgecl_convert.grid import by_block
@@ -152,6 +152,16 @@ def test_gradients_equal_plain_autograd(models, architecture, mode, first_layer)
             sizes.append(float(reference.norm()))
             assert errors[-1] < BOUND * sizes[-1], name
     assert sum(errors) < BOUND * sum(sizes)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_last_layer_goes_on_with_the_tokens_that_are_wanted(models, architecture):
+    base, _ = models(architecture)
+    decoder = Decoder(base, CPU32)
+    packed = pack(decoder, [LONG.ids], [(0, len(LONG.ids) - n) for n in (3, 2, 1)])
+    x, last = decoder.weights.embed(packed.ids), decoder.shape.n_layer - 1
+    assert len(decoder.layer(x, last, packed.where, None, 3)) == OUT_MULTIPLE < len(x)
+    torch.testing.assert_close(decoder.run(x, packed.where, None, n_wanted=3), decoder.run(x, packed.where, None)[:3])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])

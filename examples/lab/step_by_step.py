@@ -25,13 +25,13 @@ RAM_MB = 8_000
 
 def train(ram_bytes: int) -> None:
     """Train, waiting for a line before the first step and after each, then print the facts as JSON."""
-    from compare_training import PACKAGED, SHIPPED, _peak_rss, chats, encoded, find_model
-
     from edgecl import train as training
     from edgecl.engine import VocabFile
+    from edgecl.places import PACKAGED, find_model
     from edgecl.profile import Profile
     from edgecl.stages import anchor_pieces
     from edgecl_convert import GgufFile
+    from examples.compare_training import SHIPPED, _peak_rss, chats, encoded
 
     def wait(*_: object) -> None:
         print(flush=True)
@@ -59,7 +59,7 @@ class Side:
     def __init__(self, checkout: str) -> None:
         folder, _, megabytes = checkout.partition(":")
         tree = Path(folder).resolve()
-        paths = os.pathsep.join(str(path) for path in (tree, tree / "convert", tree / "examples"))
+        paths = os.pathsep.join(str(path) for path in (tree, tree / "convert"))
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--ram", str(int(megabytes or RAM_MB) * 1_000_000)],
             env=os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"},  # as a night has
