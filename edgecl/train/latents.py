@@ -151,7 +151,7 @@ class Latents:
         return torch.cat([found[self._key(row)] for row in rows]).to(self.decoder.place.device)
 
     def look_ahead(self, batches: Sequence[Sequence[TrainRow]], max_tokens: int) -> None:
-        """Compute the states of rows that are met next, in parts as large as a step's, which have the same kernels."""
+        """Compute the states of rows that are met next, in parts of at most `max_tokens`."""
         parts: list[dict[bytes, Sequence[int]]] = []
         met: set[bytes] = set()
         for part in micro_batches([row for batch in batches for row in batch], max_tokens):

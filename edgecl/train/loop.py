@@ -316,7 +316,7 @@ class _Run:
         rows = self.batches[step]
         if self.latents and (step % AHEAD == 0 or step in (self.report.resumed_at, self.evenly_until, self.plan.freeze_step)):
             begin, since = step - step % AHEAD, self.plan.freeze_step if step >= self.plan.freeze_step else 0
-            self.latents.look_ahead(self.batches[max(begin, since) : begin + AHEAD], self.plan.micro_tokens)
+            self.latents.look_ahead(self.batches[max(begin, since) : begin + AHEAD], self.plan.ahead_tokens)
         weight = settings.anchor_weight * EVERY
         if self.sample:
             self.sample.turn = step
@@ -349,7 +349,7 @@ class _Run:
         self.latents = Latents(self.decoder, self.lora, self.night.store) if self.night.store and first else None
         if self.latents:
             texts = [TrainRow(held.ids, [False] * len(held.ids)) for held in self.anchors]
-            self.latents.look_ahead([texts], self.plan.micro_tokens)
+            self.latents.look_ahead([texts], self.plan.ahead_tokens)
 
     def _measure_heldout(self) -> None:
         """Measure the held-out rows where it is time to, with the average where there is one."""

@@ -33,8 +33,8 @@ UPPER = 0.5  # of the layers, those that are not frozen
 DEPTHS = (0.75, 0.5, 0.4, 0.3, 0.2)  # what a night short of time falls back to, in this order
 # what kernels keep, and code that training comes back to, measured over nights of 300 rows without and with an anchor, which
 # rides along in some steps and so adds shapes of products: for each, oneDNN compiles kernels in bfloat16
-KERNEL_BYTES = {torch.bfloat16: (110_000_000, 155_000_000), torch.float32: (60_000_000, 60_000_000)}
-AMX_KERNEL_BYTES = (145_000_000, 185_000_000)
+KERNEL_BYTES = {torch.bfloat16: (120_000_000, 165_000_000), torch.float32: (60_000_000, 60_000_000)}
+AMX_KERNEL_BYTES = (155_000_000, 200_000_000)
 FEW_KERNELS_BYTES = {torch.bfloat16: (100_000_000, 140_000_000), torch.float32: (60_000_000, 60_000_000)}
 # of what a step keeps for its backward pass: the allocator has so much more, in pieces that the next cannot use
 IN_PIECES = 0.25
@@ -79,6 +79,11 @@ class Plan:
     def is_resident(self) -> bool:
         """Whether nothing is decoded anew."""
         return self.n_resident == self.n_layer and self.resident_head
+
+    @property
+    def ahead_tokens(self) -> int:
+        """Of the parts in which rows go through frozen layers: these take what a step's layers keep, where they keep it."""
+        return self.micro_tokens if self.checkpointing else max(MICRO_TOKENS, self.micro_tokens)
 
     def __str__(self) -> str:
         """Return the plan as one line."""
