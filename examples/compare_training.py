@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ def encoded(pairs: list[tuple[str, str]]) -> Rows:
 # --- runs, each in a process of its own ---------------------------------------------------------------------------------
 
 
-def run_edgecl(request: dict[str, Any]) -> dict[str, Any]:
-    """Train with edgecl; measure held-out rows afterwards."""
+def run_edgecl(request: dict[str, Any], progress: Callable[[int, int, float], None] | None = None) -> dict[str, Any]:
+    """Train with edgecl, calling `progress` after every step; measure held-out rows afterwards."""
     from edgecl.engine import VocabFile
     from edgecl.stages import anchor_pieces
     from edgecl.train import LatentStore, Night, TrainRow, train
@@ -125,7 +126,7 @@ def run_edgecl(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, GgufFile(base) as gguf:
         with LatentStore(Path(folder) / "latents.db", "base") as store:
             limits = Profile(ram_bytes=request["ram_bytes"])
-            adapter, report = train(gguf, rows, [], settings, limits, Night(anchor=anchor, store=store))
+            adapter, report = train(gguf, rows, [], settings, limits, Night(anchor=anchor, store=store), progress)
         facts = asdict(report) | {"night_s": time.perf_counter() - began, "peak_rss_bytes": _peak_rss()}
         return facts | _heldout(adapter, request["heldout"])
 

@@ -7,7 +7,8 @@ kernels for every shape that it meets (1 ms and 0.35 MB each, with AMX 1.5 ms an
 multiple of 32. To attend, rows of about the same length are laid side by side, all of the tree before each, of which a row
 sees its own path.
 
-Tokens at which something is predicted stand in front, whatever their row: the others are spared the head.
+Tokens at which something is predicted stand in front, whatever their row: the others are spared the head and most of the last
+layer.
 """
 
 from __future__ import annotations

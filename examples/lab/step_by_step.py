@@ -15,37 +15,28 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from edgecl.child import BRIEF_WAITS
 
 RAM_MB = 8_000
 
 
 def train(ram_bytes: int) -> None:
     """Train, waiting for a line before the first step and after each, then print the facts as JSON."""
-    from edgecl import train as training
-    from edgecl.engine import VocabFile
-    from edgecl.places import PACKAGED, find_model
-    from edgecl.profile import Profile
-    from edgecl.stages import anchor_pieces
-    from edgecl_convert import GgufFile
-    from examples.compare_training import SHIPPED, _peak_rss, chats, encoded
+    from examples.compare_training import SHIPPED, chats, encoded, run_edgecl
 
     def wait(*_: object) -> None:
         print(flush=True)
         sys.stdin.readline()
 
-    base = find_model(PACKAGED)
-    rows = [training.TrainRow(*row) for row in encoded(chats(None, 0)[0])]
-    with VocabFile(base) as vocab:
-        anchor = anchor_pieces(vocab)
-    with tempfile.TemporaryDirectory() as folder, GgufFile(base) as gguf:
-        night = training.Night(anchor=anchor, store=training.LatentStore(Path(folder) / "latents.db", "base"))
-        wait()
-        _, report = training.train(gguf, rows, [], SHIPPED, Profile(ram_bytes=ram_bytes), night, wait)
-    print(json.dumps({"plan": report.plan, "peak_rss_bytes": _peak_rss()}))
+    request = {"rows": encoded(chats(None, 0)[0]), "heldout": [], "settings": asdict(SHIPPED), "ram_bytes": ram_bytes}
+    wait()
+    facts = run_edgecl(request, wait)
+    print(json.dumps({name: facts[name] for name in ("plan", "peak_rss_bytes")}))
 
 
 class Side:
@@ -62,7 +53,7 @@ class Side:
         paths = os.pathsep.join(str(path) for path in (tree, tree / "convert"))
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--ram", str(int(megabytes or RAM_MB) * 1_000_000)],
-            env=os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"},  # as a night has
+            env=BRIEF_WAITS | os.environ | {"PYTHONPATH": paths},  # as a night's process has it
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.seconds: list[float] = []
